@@ -36,10 +36,10 @@ OTHER_NAMES = {
 # The fields that a checkpoint's preset fills in.
 PRESET_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
-LARGEST_TEMPERATURE = 1e6  # where all tokens are equally likely already
-SMALLEST_TOP_P = torch.finfo(torch.float32).tiny  # keeps the most likely token alone
-LARGEST_PENALTY = 1e3  # of repetition; the smallest is its inverse
-LARGEST_COUNT = 2**31 - 1  # of top_k, tokens and token ids
+MAX_TEMPERATURE = 1e6  # where all tokens are equally likely already
+MIN_TOP_P = torch.finfo(torch.float32).tiny  # keeps the most likely token alone
+MAX_PENALTY = 1e3  # of repetition; the smallest is its inverse
+MAX_COUNT = 2**31 - 1  # of top_k, tokens and token ids
 MAX_STOP_STRINGS = 1024
 
 
@@ -111,13 +111,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Check every field, and bring numbers and collections to Python's own types."""
-        self._check_number("temperature", 0, LARGEST_TEMPERATURE)
+        self._check_number("temperature", 0, MAX_TEMPERATURE)
         self._check_integer("top_k", 0, note=" (0 keeps all)")
-        self._check_number("top_p", SMALLEST_TOP_P, 1, allowed="above 0 and up to 1")
+        self._check_number("top_p", MIN_TOP_P, 1, allowed="above 0 and up to 1")
         self._check_number("min_p", 0, 1)
         self._check_integer("max_tokens", 1)
         self._check_integer("seed", -(2**63), 2**63 - 1)
-        self._check_number("repetition_penalty", 1 / LARGEST_PENALTY, LARGEST_PENALTY, " (1 changes nothing)")
+        self._check_number("repetition_penalty", 1 / MAX_PENALTY, MAX_PENALTY, " (1 changes nothing)")
         self._check_number("presence_penalty", -2, 2)
         self._check_number("frequency_penalty", -2, 2)
         self._check_integer("logprobs", 0, 20, " (0: the chosen token only)")
@@ -179,7 +179,7 @@ class SamplingParams:
             raise ValueError(f"{name} must be a number {allowed}, got {value!r:.200}")
         self._set(name, number)
 
-    def _check_integer(self, name: str, low: int, high: int = LARGEST_COUNT, note: str = "") -> None:
+    def _check_integer(self, name: str, low: int, high: int = MAX_COUNT, note: str = "") -> None:
         value = getattr(self, name)
         is_optional = getattr(SamplingParams, name) is None
         if value is None and is_optional:
@@ -201,9 +201,7 @@ class SamplingParams:
         self._set("stop", tuple(checked_text(f"stop[{number}]", s) for number, s in enumerate(given)))
         ids = _as_ids(() if self.stop_token_ids is None else self.stop_token_ids)
         if ids is None:
-            raise ValueError(
-                f"stop_token_ids must be integers from 0 to {LARGEST_COUNT}, got {self.stop_token_ids!r:.200}"
-            )
+            raise ValueError(f"stop_token_ids must be integers from 0 to {MAX_COUNT}, got {self.stop_token_ids!r:.200}")
         self._set("stop_token_ids", ids)
         self._set("ignore_eos", checked_flag("ignore_eos", self.ignore_eos))
 
@@ -292,7 +290,7 @@ def _as_float(value: Any) -> float | None:
 
 def _as_id(value: Any) -> int | None:
     number = as_integer(value)
-    return number if number is not None and 0 <= number <= LARGEST_COUNT else None
+    return number if number is not None and 0 <= number <= MAX_COUNT else None
 
 
 def _as_ids(values: Any) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ _HYBRID = "most of its layers are gated delta networks (linear attention with a 
 _OMNI = "it is a system of several models for sound, images and speech"
 _TRANSPOSED = "its experts are stored transposed, which is not read yet"
 _QWEN2 = "its attention has biases and does not normalize queries and keys"
-# What is different, by model_type. The architectures of a type begin with its name, without underscores.
+# Differences from Qwen3, by model_type. The architectures of a type begin with its name, without underscores.
 _DIFFERENT = {
     "qwen3_next": _HYBRID,
     "qwen3_5": _HYBRID,

@@ -55,8 +55,8 @@ ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a checkpoint: "tiny", an existing folder, or a hub id (downloaded, or found cached).
 
-    A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors. What is local
-    has no revisions: a warning says so.
+    A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors. Local
+    checkpoints have no revisions: one that is given is ignored, with a warning.
 
     Downloads show huggingface_hub's progress bars and follow HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A broken connection
     is resumed; after a failed download, the next call keeps the files that were complete (recent versions of

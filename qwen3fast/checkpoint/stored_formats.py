@@ -116,7 +116,8 @@ def main_format(model: nn.Module) -> str | None:
     names = [format.name for format in formats]
     by_rows = {format.name for format in formats if format.bits == 8 and not format.has_blocks}
     if len(by_rows) > 1:
-        raise ValueError(f"a model with layers in {' and '.join(sorted(by_rows))} cannot be saved: they look alike")
+        both = " and ".join(sorted(by_rows))
+        raise ValueError(f"a model with layers in {both} cannot be saved: a file would not tell the two formats apart")
     if "fp8" in names and by_rows:
         return by_rows.pop()
     channels = {layer.weight_packed.shape[1] * 32 // layer.format.bits for layer in layers}

@@ -87,7 +87,7 @@ def _calibration(source: Path | None, quantization: str, device: torch.device, i
 
 
 def _forms(config: ModelConfig) -> list[str]:
-    """Return what was measured on this machine for models of these sizes, in any format; see kernels/forms.py."""
+    """Return the forms chosen on this machine for models of these sizes, in any format; see kernels/forms.py."""
     use_threads()  # times are of a number of threads
     heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
     linear = {f"{config.intermediate_size} x {config.hidden_size}"}

@@ -365,7 +365,7 @@ def _example(tensor: Tensor | None, sizes: dict[int, Dynamic]) -> Tensor | None:
     else:
         example = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).zero_()
     for i, size in sizes.items():
-        torch._dynamo.mark_dynamic(example, i, min=size.least, max=size.most)
+        torch._dynamo.mark_dynamic(example, i, min=size.min, max=size.max)
     return example
 
 

@@ -26,7 +26,7 @@ def in_cpp(run: Callable[[Tensor, Sequence[Tensor]], Tensor], plain: Function) -
 
 
 def token_logprobs(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `log_probabilities` does, on CPUs."""
+    """Return the result of `log_probabilities`, on CPUs."""
     if not cpu.is_loaded():
         return log_probabilities(logits_BV, token_B, n)
     return sampler.log_probabilities(logits_BV.float(), token_B, n)

@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 class Dynamic(NamedTuple):
-    """A size that varies at run time, from least to most.
+    """A size that varies at run time, from min to max.
 
     example: the size to compile with. Sizes that may differ need different examples: `torch.compile` assumes that
     equal ones are always equal.
     """
 
     example: int
-    least: int = 2
-    most: int = 2**31 - 1
+    min: int = 2
+    max: int = 2**31 - 1
 
     def holds(self, size: int) -> bool:
         """Return whether a size is in the range."""
-        return self.least <= size <= self.most
+        return self.min <= size <= self.max
 
 
 # A tensor's dynamic dimensions, each with one range or several, of which each has a form of its own.

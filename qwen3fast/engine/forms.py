@@ -77,7 +77,7 @@ class Forms:
         self.choices: dict[str, Choice] = {}
 
     def decide(self, may_measure: bool) -> bool:
-        """Choose for all parts, measuring what is not known yet if that is allowed.
+        """Choose a form for each part; measure forms without a measurement if that is allowed.
 
         Returns: whether a choice has changed; code that was compiled with the earlier one must be compiled again.
         Raises: ValueError as `kernels.forms.is_pinned`.
@@ -89,7 +89,7 @@ class Forms:
         return before != (self.sdpa_from, self.block_rows, self._limits())
 
     def measure_ahead(self, threads: int, quiet: AbstractContextManager[Any]) -> None:
-        """Measure what is not known yet, and keep it without using it.
+        """Measure forms without a measurement, and keep the results without using them.
 
         threads: of the engine; each thread has a number of its own. quiet: entered for each case; no step runs inside.
         """

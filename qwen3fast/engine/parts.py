@@ -51,9 +51,9 @@ MAX_SORTED_PAIRS = 2**14
 MAX_ROWS = 4096
 MAX_TOKENS = 2**17  # without a cache; each longer sequence is compiled for its own length
 MAX_ELEMENTS = 2**31 - 1  # of a tensor whose size varies: for CUDA devices, compiled code counts them in 32 bits
-CHUNK = Dynamic(example=101, least=CPU_CHUNK_SIZES[0], most=CHUNK_SIZES[-1])
-TOKENS = Dynamic(example=101, least=MIN_UNCACHED_TOKENS)
-POSITIONS = Dynamic(example=67, least=CPU_CHUNK_SIZES[0])
+CHUNK = Dynamic(example=101, min=CPU_CHUNK_SIZES[0], max=CHUNK_SIZES[-1])
+TOKENS = Dynamic(example=101, min=MIN_UNCACHED_TOKENS)
+POSITIONS = Dynamic(example=67, min=CPU_CHUNK_SIZES[0])
 
 
 def chunk_sizes(device: torch.device) -> tuple[int, ...]:
@@ -67,11 +67,11 @@ def row_ranges(config: ModelConfig, device: torch.device, max_rows: int) -> tupl
     ends = {cuda.MAX_ROWS} if device.type == cuda.DEVICE_TYPE else {4}
     if device.type != cuda.DEVICE_TYPE and config.num_experts:
         ends.add(config.num_experts // config.num_experts_per_tok)  # see MoE.forward
-    ranges, least = [], 2
-    for most in sorted({*(end for end in ends if 2 <= end < max_rows), max_rows}):
-        if least < most:  # a range of one size is static
-            ranges.append(Dynamic(least + 1, least, most))
-        least = most + 1
+    ranges, first = [], 2
+    for last in sorted({*(end for end in ends if 2 <= end < max_rows), max_rows}):
+        if first < last:  # a range of one size is static
+            ranges.append(Dynamic(first + 1, first, last))
+        first = last + 1
     return tuple(ranges)
 
 
@@ -208,14 +208,14 @@ class Parts:
             # memory that is no longer theirs.
             stack_layers(model)
         fit_scales(model)
-        positions = (POSITIONS._replace(most=cache.allocated_len),)
+        positions = (POSITIONS._replace(max=cache.allocated_len),)
         most = min(cache.max_batch_size, max_gathered_rows(config) if is_cuda else MAX_ROWS)
         rows: Sizes = {0: row_ranges(config, device, most)}  # of the cache; more have a form for their own number
         any_rows: Sizes = {0: row_ranges(config, device, MAX_ROWS)}
         together = min(MAX_PROMPTS, cache.max_batch_size)
         prompts: Sizes = {0: (Dynamic(3, 2, together),)} if together > 2 else {}  # several; one has a form of its own
         chunk: Sizes = prompts | {1: (CHUNK,)}
-        tokens: Sizes = {1: (TOKENS._replace(most=_max_uncached(config)),)}
+        tokens: Sizes = {1: (TOKENS._replace(max=_max_uncached(config)),)}
         all_rows = (any_rows,) * len(ProcessorRows._fields)
         decode_layers = DecodeLayers(model, cache) if compiler.uses_operations else None
         forms = Forms(model if compiler.uses_operations else None, cache, is_first)
@@ -298,7 +298,7 @@ def move_to_huge_pages(model: Qwen3, cache: StaticKVCache, is_wanted: Callable[[
 
 
 def _move_later(model: Qwen3, cache: StaticKVCache) -> None:
-    """Do it in a thread, unless both are gone by then: the first token need not wait for it."""
+    """Call `move_to_huge_pages` in a thread, after the first token, unless model or cache are gone by then."""
     references = weakref.ref(model), weakref.ref(cache)
 
     def move() -> None:

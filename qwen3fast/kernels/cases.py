@@ -29,7 +29,7 @@ Calls = Mapping[str, Callable[[], Any]]
 def prefill_attention_case(tokens: int, length: int, heads: tuple[int, int, int], dtype: torch.dtype) -> FormCase:
     """Return attention of a chunk of `tokens` that ends at `length`. heads: H, K, D. dtype: of the cache.
 
-    Heads are alike and are shared out among threads, so two or one per thread are measured in place of all.
+    All heads take the same time and are split over the threads: one per thread is measured, at least two.
     """
     H, K, D = heads
     measured_K = min(K, max(2, torch.get_num_threads()))

@@ -1,4 +1,4 @@
-"""What was measured of forms on this machine, kept in the cache folder for later processes.
+"""Measurements of forms on this machine, kept in the cache folder for later processes.
 
 The file may be read, replaced, damaged or removed at any time: what it lacks is measured again.
 """
@@ -72,7 +72,7 @@ def _as_choice(entry: Any) -> Choice | None:
 
 
 def all_kept() -> dict[tuple[str, str], Choice]:
-    """Return what was measured on this machine with these versions, by computation and sizes."""
+    """Return the measurements on this machine with these versions, by computation and sizes."""
     end, found = f" | {machine()}", {}
     for key, entry in _read().items():
         choice = _as_choice(entry) if key.endswith(end) else None

@@ -54,7 +54,7 @@ def control_groups(controller: str, mounts: Path | None = None) -> Iterator[tupl
 
 
 def _left_in_groups() -> list[int]:
-    """Return what each control group of the process lets it use; pages of files in memory make room."""
+    """Return the free bytes of each control group of the process; pages of files in memory make room."""
     left = []
     for version, group in control_groups("memory"):
         limits = ("max", "high") if version == 2 else ("limit_in_bytes",)

@@ -25,7 +25,7 @@ def quantize_with(
 ) -> Packed:
     """Quantize a weight to a format of 4 bits, given the `feedback` of its inputs.
 
-    weight_NK: any float dtype; N is a multiple of 16, K of 32. What is NaN without correction is NaN here.
+    weight_NK: any float dtype; N is a multiple of 16, K of 32. Groups that `quantize` makes NaN are NaN here.
     product_dtype: of the products of errors and feedback, from 128 columns to later ones; they are summed in float32.
     """
     N, K = weight_NK.shape

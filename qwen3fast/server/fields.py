@@ -71,11 +71,11 @@ class Fields:
         value: Any = self._typed(key, object, "a finite number", is_number)
         return None if value is None else float(value)
 
-    def integer(self, key: str, least: int = -(2**63), most: int = 2**63 - 1) -> int | None:
+    def integer(self, key: str, min: int = -(2**63), max: int = 2**63 - 1) -> int | None:
         """Return an integer within bounds or None; 5.0 counts as 5. Raises: ApiError (400)."""
-        expected = f"an integer from {least} to {most}"
+        expected = f"an integer from {min} to {max}"
         value: Any = self._typed(
-            key, object, expected, lambda v: is_number(v) and float(v).is_integer() and least <= v <= most
+            key, object, expected, lambda v: is_number(v) and float(v).is_integer() and min <= v <= max
         )
         return None if value is None else int(value)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3fast.sampling_params import LARGEST_COUNT
+from qwen3fast.sampling_params import MAX_COUNT
 from qwen3fast.server.chat_fields import check_chosen, read_function
 from qwen3fast.server.conversation import Conversation
 from qwen3fast.server.fields import Fields, describe
@@ -58,8 +58,8 @@ def _read_sampling(fields: Fields) -> Sampling:
         fields,
         temperature=fields.number("temperature"),
         top_p=fields.number("top_p"),
-        top_k=fields.integer("top_k", 0, LARGEST_COUNT),
-        max_tokens=fields.required("max_tokens", fields.integer("max_tokens", 1, LARGEST_COUNT)),
+        top_k=fields.integer("top_k", 0, MAX_COUNT),
+        max_tokens=fields.required("max_tokens", fields.integer("max_tokens", 1, MAX_COUNT)),
         stop=tuple(stop for stop in stops if stop),
         thinking_budget=budget if enable else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3fast.sampling_params import LARGEST_COUNT
+from qwen3fast.sampling_params import MAX_COUNT
 from qwen3fast.server.chat_fields import read_call, read_tools, text_of
 from qwen3fast.server.conversation import Conversation
 from qwen3fast.server.fields import Fields, describe
@@ -83,7 +83,7 @@ def _read_sampling(fields: Fields) -> Sampling:
         fields,
         temperature=fields.number("temperature"),
         top_p=fields.number("top_p"),
-        max_tokens=fields.integer("max_output_tokens", 1, LARGEST_COUNT),
+        max_tokens=fields.integer("max_output_tokens", 1, MAX_COUNT),
         seed=fields.integer("seed"),
         json_schema=schema,
         thinking_budget=REASONING_BUDGETS[effort] if effort not in (None, "none") else None,

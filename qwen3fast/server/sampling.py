@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwen3fast.sampling_params import LARGEST_COUNT, SamplingParams
+from qwen3fast.sampling_params import MAX_COUNT, SamplingParams
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, describe, is_number
 
@@ -62,7 +62,7 @@ def read_sampling(
     default_max_tokens: None allows the rest of the context. least_max_tokens: 0 allows requests for no token.
     Raises: ApiError (400) naming the field.
     """
-    limits = [fields.integer(name, least_max_tokens, LARGEST_COUNT) for name in max_tokens_names]
+    limits = [fields.integer(name, least_max_tokens, MAX_COUNT) for name in max_tokens_names]
     limit = next((limit for limit in limits if limit is not None), default_max_tokens)
     shaped_by, structure = _structure(fields)
     values: dict[str, Any] = {
@@ -107,7 +107,7 @@ def is_of_shape(error: ValueError) -> bool:
 
 
 def _top_k(fields: Fields) -> int | None:
-    top_k = fields.integer("top_k", -1, LARGEST_COUNT)
+    top_k = fields.integer("top_k", -1, MAX_COUNT)
     return 0 if top_k == -1 else top_k  # vLLM writes -1 for "all"
 
 
@@ -194,7 +194,7 @@ def read_format(form: Fields | None, is_flat: bool = False) -> dict[str, Any] | 
 
 def _reasoning(fields: Fields) -> tuple[int | None, bool | None]:
     """Return the budget of reasoning tokens, and the template's `enable_thinking`."""
-    budget, enable = fields.integer("thinking_budget", 0, LARGEST_COUNT), None
+    budget, enable = fields.integer("thinking_budget", 0, MAX_COUNT), None
     effort = fields.text("reasoning_effort", choices=tuple(REASONING_BUDGETS))
     if effort is not None:
         enable = effort != "none"

@@ -42,11 +42,11 @@ def test_sequences_of_the_largest_compiled_size_are_counted_in_32_bits(size, dty
         engine = make_engine(device, size, num_hidden_layers=1, dtype=dtype)
         [tokens] = engine.parts.block_uncached.dynamic[0][1]
         config, block = engine.model.config, engine.model.model.layers[0]
-        x_1TE = torch.zeros(1, tokens.most, config.hidden_size, dtype=config.dtype, device=device)
-        cos_1TD, sin_1TD = (torch.zeros(1, tokens.most, config.head_dim, device=device) for _ in range(2))
+        x_1TE = torch.zeros(1, tokens.max, config.hidden_size, dtype=config.dtype, device=device)
+        cos_1TD, sin_1TD = (torch.zeros(1, tokens.max, config.head_dim, device=device) for _ in range(2))
         with Largest() as found:
             assert run_block_uncached(block, x_1TE, cos_1TD, sin_1TD).shape == x_1TE.shape
-        assert tokens.most >= (2048 if config.num_experts else 2**16)
+        assert tokens.max >= (2048 if config.num_experts else 2**16)
         assert found.elements <= MAX_ELEMENTS
         attentions = {name for name in found.names if "scaled_dot" in name or "sdpa" in name}
         assert attentions == {FLASH if dtype == torch.bfloat16 else "qwen3fast::sdpa"}

@@ -234,8 +234,8 @@ def test_engines_of_other_sizes_use_what_inductor_kept_of_earlier_ones(one_threa
 )
 def test_ranges_of_rows_end_where_another_product_begins(max_rows, experts, expected):
     ranges = row_ranges(small_config(**experts), CPU, max_rows)
-    assert [(size.least, size.most) for size in ranges] == expected
-    assert all(size.least < size.example <= size.most for size in ranges)
+    assert [(size.min, size.max) for size in ranges] == expected
+    assert all(size.min < size.example <= size.max for size in ranges)
 
 
 @pytest.mark.parametrize(
@@ -249,11 +249,11 @@ def test_on_cuda_compiled_code_can_count_the_weights_of_a_steps_experts(size, sl
     model, cache = build_on_meta(config), StaticKVCache(config, slots, 32, torch.bfloat16, META)
     parts = Parts.build(StepCompiler(True, META), model, cache)
     [rows] = parts.decode_block.dynamic[0].values()
-    assert [(each.least, each.most) for each in rows] == expected
+    assert [(each.min, each.max) for each in rows] == expected
     if config.num_experts:
         active = torch.zeros(config.num_experts_per_tok, dtype=torch.int64, device=META)
         gathered = model.model.layers[0].mlp.experts.gate_up_proj[active].numel()  # of one row
-        assert rows[-1].most * gathered <= MAX_ELEMENTS < (rows[-1].most + 1) * gathered
+        assert rows[-1].max * gathered <= MAX_ELEMENTS < (rows[-1].max + 1) * gathered
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def is_loaded() -> bool:
 
 
 def version() -> str:
-    """Return what tells this build of the operations from others; empty before `load` has succeeded."""
+    """Return the name of this build of the operations, unlike any other's; empty before `load` has succeeded."""
     return Path(library.functions()._name).stem if _is_ready else ""
 
 

@@ -299,7 +299,7 @@ def has_whole_lanes(w: LinearPointers) -> bool:
 
 
 def _require_sizes(layer: Layer, s: Sizes) -> None:
-    """Check that weights fit each other, and that of weights with the same input all are quantized, or none."""
+    """Check that weights fit each other; with the same input, all must be quantized, or none."""
     q, o, gate, down, router = layer.q, layer.o, layer.gate, layer.down, layer.router
     I, X = down.K, max(1, router.N)  # noqa: E741
     expected = [

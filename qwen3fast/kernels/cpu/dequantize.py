@@ -86,29 +86,29 @@ def _weight_with_records(packed: Tensor, scale: Tensor) -> Tensor:
         elif is_nl4(K // scale.shape[1], scale.shape[2]):
             numbers = NL4_TABLE[_levels(packed[part], 4).int()].mul_(_signed_scales(scale[part]))
         else:
-            factor_NG1, minimum_NG1 = _uint4_scales(scale[part], K)
-            numbers = _levels(packed[part], bits).float().mul_(factor_NG1).sub_(minimum_NG1)
+            scale_NG1, minimum_NG1 = _uint4_scales(scale[part], K)
+            numbers = _levels(packed[part], bits).float().mul_(scale_NG1).sub_(minimum_NG1)
         weight_NK[start * LANES : (start + step) * LANES] = numbers.flatten(1)
     return weight_NK
 
 
 def _uint4_scales(scale: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Return what levels of each group are multiplied by, and what is taken off then, (N, G, 1) float32 each."""
+    """Return the scale and the minimum of each group, (N, G, 1) float32 each."""
     blocks, spans, record = scale.shape
     groups = K // spans // GROUP
     d, rest = scale[..., : 2 * LANES].contiguous().view(torch.float16).float()[:, :, None], scale[..., 2 * LANES :]
     if record == ZERO_RECORD:
-        factors = [d.expand(-1, -1, groups, -1), (d * rest[:, :, None].float()).expand(-1, -1, groups, -1)]
+        pairs = [d.expand(-1, -1, groups, -1), (d * rest[:, :, None].float()).expand(-1, -1, groups, -1)]
     else:
         dmin = rest[..., : 2 * LANES].contiguous().view(torch.float16).float()[:, :, None]
         s, m = record_levels(rest[..., 2 * LANES :], groups).float().unbind(3)
-        factors = [d * s, dmin * m]
-    first, second = (x.flatten(1, 2).transpose(1, 2).reshape(blocks * LANES, -1, 1) for x in factors)
+        pairs = [d * s, dmin * m]
+    first, second = (x.flatten(1, 2).transpose(1, 2).reshape(blocks * LANES, -1, 1) for x in pairs)
     return first, second
 
 
 def _signed_scales(scale: Tensor) -> Tensor:
-    """Return what numbers of int6 and nl4 are multiplied by, (N, X, 1) float32: in records, X scales of each row."""
+    """Return the scales of int6 and nl4, (N, X, 1) float32: X for each row."""
     scales = scale[..., : 2 * LANES].contiguous().view(torch.float16)[:, :, None].float()
     if scale.shape[2] > 2 * LANES:
         scales = scales * scale[..., 2 * LANES :].view(torch.int8).unflatten(2, (-1, LANES)).float()

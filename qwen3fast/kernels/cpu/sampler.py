@@ -56,9 +56,9 @@ def process_logits(logits_BV: Tensor, rows: Sequence[Tensor]) -> Tensor:
 
 
 def log_probabilities(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `log_probabilities` of sampling/processors.py does; of equal logits, the first are the most likely.
+    """Return the result of `log_probabilities` in sampling/processors.py.
 
-    logits_BV: float32. token_B: int64, from -1 to V - 1. n: from 0 to V.
+    logits_BV: float32. token_B: int64, from -1 to V - 1. n: from 0 to V; of equal logits, the first are taken first.
     Raises: ValueError for other tensors, or another n.
     """
     B, V = _shape("log_probabilities", logits_BV)

@@ -75,7 +75,7 @@ def embed(token_R: Tensor, weight: Weight, x_RE: Tensor) -> None:
 
 
 def plain_embed(token_R: Tensor, weight_VE: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what `embed` writes; weight_VE: dequantized."""
+    """Return the embeddings that `embed` writes; weight_VE: dequantized."""
     return weight_VE[token_R].to(dtype)
 
 
