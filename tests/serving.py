@@ -18,7 +18,7 @@ from conftest import randomized, small_config
 from starlette.applications import Starlette
 
 from qwen3fast import Embedder, Generator, Reranker
-from qwen3fast.bench import background_server
+from qwen3fast.server import command
 from qwen3fast.server.app import create_app
 from qwen3fast.server.command import bind
 from qwen3fast.server.models import AnyModel
@@ -43,8 +43,8 @@ def running(
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         return listening
 
-    patch = nullcontext() if send_buffer is None else mock.patch.object(background_server, "bind", bind_with_buffer)
-    with patch, background_server.in_background(app or create_app(models, options)) as port:
+    patch = nullcontext() if send_buffer is None else mock.patch.object(command, "bind", bind_with_buffer)
+    with patch, command.in_background(app or create_app(models, options)) as port:
         yield f"http://127.0.0.1:{port}"
 
 

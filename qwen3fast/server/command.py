@@ -6,10 +6,13 @@ import argparse
 import asyncio
 import logging
 import socket
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from types import FrameType
+from typing import Literal
 
 import uvicorn
 from starlette.applications import Starlette
@@ -120,9 +123,35 @@ def bind(host: str, port: int, send_timeout_s: float) -> socket.socket:
     return listening
 
 
+@contextmanager
+def in_background(app: Starlette) -> Iterator[int]:
+    """Serve an application in a thread, on a free port of 127.0.0.1, and yield the port. Its models stay open.
+
+    Raises: RuntimeError if the server does not start.
+    """
+    server = uvicorn.Server(uvicorn_config(app, lifespan="off"))
+    listening = bind("127.0.0.1", 0, app.state.server.options.send_timeout_s)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            thread.join(0.01)
+            if not thread.is_alive():
+                raise RuntimeError("the server ended before it listened")
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listening.close()
+
+
+def uvicorn_config(app: Starlette, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    """Return uvicorn's settings. lifespan: "off" leaves the models open when the server ends."""
+    return uvicorn.Config(app, log_level="warning", access_log=False, lifespan=lifespan, timeout_graceful_shutdown=5)
+
+
 def serve(app: Starlette, listening: socket.socket) -> None:
     """Serve on a socket of `bind` until a signal."""
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the next server on this port
     with suppress(KeyboardInterrupt):  # uvicorn raises the signals that it caught again, once it has ended
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=5)
-        asyncio.run(DrainingServer(config).serve(sockets=[listening]))
+        asyncio.run(DrainingServer(uvicorn_config(app, lifespan="on")).serve(sockets=[listening]))

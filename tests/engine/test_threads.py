@@ -163,7 +163,7 @@ def test_more_threads_are_spared_one_by_one():
     assert spared.number == 2
 
 
-# On one CPU, each of two threads is off it while the other computes, and that it sleeps for a part of this does not count.
+# On one CPU, each of two threads is off it while the other computes. That it sleeps for a part of this does not count.
 ON_ONE_CPU = """
 import os, torch
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

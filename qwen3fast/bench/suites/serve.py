@@ -87,8 +87,8 @@ def _generator(session: Session, format: str) -> Generator:
 def _serving(generator: Generator) -> Iterator[int]:
     """Serve a Generator, and yield the port. Raises: ImportError without the server's packages."""
     try:
-        from qwen3fast.bench.background_server import in_background
         from qwen3fast.server.app import create_app
+        from qwen3fast.server.command import in_background
     except ImportError as err:
         raise ImportError("the suite 'serve' needs the server; run: pip install 'qwen3fast[server]'") from err
     with in_background(create_app({"bench": generator})) as port:

@@ -36,7 +36,7 @@ _define(
     "step_attend(Tensor qkv, Tensor q_norm, Tensor k_norm, float eps, Tensor cos, Tensor sin, Tensor position, "
     "Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
     "Tensor(e!) values, Tensor(f!) maximum, Tensor(g!) total, Tensor(h!) y)",
-    lambda *args: attention.attend(*args[:11], splits=attention.Splits(*args[11:14]), y_BN=args[14]),
+    lambda *args: attention.attend(*(*args[:11], attention.Splits(*args[11:14]), args[14])),
 )
 _define(
     f"step_embed(Tensor token, {_WEIGHT}, Tensor(a!) x)",
@@ -60,5 +60,5 @@ _define(
 _define(
     "step_draw(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor step, "
     "Tensor(c!) largest, Tensor(d!) state, Tensor(e!) sums, " + _BEST + ")",
-    lambda *args: sample.draw(*args[:7], work=sample.Draw(*args[7:])),
+    lambda *args: sample.draw(*(*args[:7], sample.Draw(*args[7:]))),
 )
