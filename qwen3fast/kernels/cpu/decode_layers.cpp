@@ -264,16 +264,15 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
   }
   const bool is_rounded = layers[0].cache.key_scale;
   const double begin = seconds(CLOCK_MONOTONIC);
-  double least = INFINITY;  // seconds of a thread on a processor; threads that wait for others stay on theirs
-#pragma omp parallel num_threads(threads) reduction(min : least)
-  {
+  std::vector<double> used(threads, INFINITY);  // seconds on a processor, by thread; those that wait for others stay on theirs
+  const auto step = [&](int thread, int number) {
     const double before = seconds(CLOCK_THREAD_CPUTIME_ID);
-#pragma omp single
-    shared.barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
-    (is_rounded ? run<int8_t> : run<BFloat16>)(layers, count, shared, omp_get_thread_num(), omp_get_num_threads());
-    if (task) run_head(*task, shared, omp_get_thread_num(), omp_get_num_threads());
-    least = seconds(CLOCK_THREAD_CPUTIME_ID) - before;
-  }
+    (is_rounded ? run<int8_t> : run<BFloat16>)(layers, count, shared, thread, number);
+    if (task) run_head(*task, shared, thread, number);
+    used[thread] = seconds(CLOCK_THREAD_CPUTIME_ID) - before;
+  };
+  run_threads(threads, step, &shared.barrier);
+  const double least = *std::min_element(used.begin(), used.end());
   return std::clamp(1 - least / (seconds(CLOCK_MONOTONIC) - begin), 0., 1.);
 }
 

@@ -2,12 +2,19 @@
 
 #pragma once
 
+#ifdef _OPENMP
 #include <omp.h>
+#else
+#include <unistd.h>
+
+#include <memory>
+#include <system_error>
+#include <thread>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 // Returns when a number is another one than `old`: spins for about 0.1 ms, then sleeps until the number's notify_*().
@@ -45,6 +52,104 @@ struct Barrier {
   }
 };
 
+#ifndef _OPENMP
+
+// The threads that help one thread, which calls them again and again. They end with it.
+class Helpers {
+ public:
+  using Call = void (*)(const void* work, int thread, int threads);
+
+  // Runs call(work, thread, threads) in this thread and in up to threads - 1 others: none where this thread helps in a call
+  // already, fewer where the system gives no more. barrier: is told how many; may be null.
+  static void run(int64_t threads, Call call, const void* work, Barrier* barrier) noexcept {
+    static thread_local Helpers own;
+    const bool is_nested = is_working_;
+    const int given = is_nested ? 1 : own.start(threads);
+    if (barrier) barrier->threads = given;
+    for (int t = 1; t < given; t++) own.helpers_[t - 1]->begin({call, work, t, given});
+    is_working_ = true;
+    call(work, 0, given);
+    is_working_ = is_nested;
+    for (int t = 1; t < given; t++) wait_while(own.helpers_[t - 1]->state, Helper::kWorks);
+  }
+
+ private:
+  struct Task {
+    Call call;
+    const void* work;
+    int thread, threads;
+  };
+
+  struct Helper {
+    enum State { kSleeps, kWorks, kEnds };
+
+    alignas(64) std::atomic<int> state{kSleeps};
+    Task task;
+
+    void begin(const Task& next) {
+      task = next;
+      change(kWorks);
+    }
+
+    void change(State next) {
+      state.store(next, std::memory_order_release);
+      state.notify_one();
+    }
+
+    void live() {
+      is_working_ = true;
+      for (;; change(kSleeps)) {
+        wait_while(state, kSleeps);
+        if (state.load(std::memory_order_relaxed) == kEnds) return;
+        task.call(task.work, task.thread, task.threads);
+      }
+    }
+  };
+
+  ~Helpers() {
+    for (const auto& helper : helpers_) helper->change(Helper::kEnds);
+  }
+
+  // Returns how many threads a call can have, this one included.
+  int start(int64_t threads) {
+    if (process_ != getpid()) helpers_.clear(), process_ = getpid();  // after fork(), the parent alone has them
+    try {
+      for (auto count = static_cast<int64_t>(helpers_.size()) + 1; count < threads; count++) {
+        const auto helper = std::make_shared<Helper>();  // its thread keeps it, and may end after this one
+        std::thread([helper] { helper->live(); }).detach();
+        helpers_.push_back(helper);
+      }
+    } catch (const std::system_error&) {  // no more threads
+    }
+    return static_cast<int>(std::clamp<int64_t>(threads, 1, helpers_.size() + 1));
+  }
+
+  inline static thread_local bool is_working_ = false;
+
+  std::vector<std::shared_ptr<Helper>> helpers_;
+  pid_t process_ = 0;
+};
+
+#endif
+
+// Runs work(thread, number) in up to `threads` threads: OpenMP, or the system, may give fewer. barrier: is told how many.
+template <typename Work>
+void run_threads(int64_t threads, const Work& work, Barrier* barrier = nullptr) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  {
+    if (barrier) {
+#pragma omp single
+      barrier->threads = omp_get_num_threads();
+    }
+    work(omp_get_thread_num(), omp_get_num_threads());
+  }
+#else
+  const auto call = [](const void* work, int thread, int number) { (*static_cast<const Work*>(work))(thread, number); };
+  Helpers::run(threads, call, &work, barrier);
+#endif
+}
+
 // Parts of a piece of work that lie together. Their owner takes them from the front; other threads, which have none left,
 // from the back.
 class Share {
@@ -78,11 +183,8 @@ class Team {
   template <typename Body>
   static void lead(int64_t threads, const Body& body) {
     Team team(threads);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp single
-      team.barrier_.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
-      if (const int thread = omp_get_thread_num()) {
+    const auto follow = [&](int thread, int) {
+      if (thread) {
         for (team.barrier_.wait(); team.call_; team.barrier_.wait()) {
           team.call_(team.work_, thread, team.barrier_);
           team.barrier_.wait();
@@ -94,7 +196,8 @@ class Team {
         team.call_ = nullptr;
         team.barrier_.wait();
       }
-    }
+    };
+    run_threads(threads, follow, &team.barrier_);
   }
 
   // Runs work(thread, barrier) in all threads.
@@ -136,12 +239,7 @@ template <typename Work>
 void in_threads(int64_t threads, const Work& work) {
   if (Team::led) return Team::led->run(work);
   Barrier barrier;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp single
-    barrier.threads = omp_get_num_threads();  // OpenMP may give fewer than asked for
-    work(omp_get_thread_num(), barrier);
-  }
+  run_threads(threads, [&](int thread, int) { work(thread, barrier); }, &barrier);
 }
 
 inline constexpr int64_t kParts = 8;  // of a thread's share, at most: others can take what is not begun
@@ -163,9 +261,7 @@ void parallel_for(int64_t count, int64_t grain, int64_t threads, const Work& wor
       work(count * part / parts, count * (part + 1) / parts);
     });
   }
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t thread = omp_get_thread_num(), given = omp_get_num_threads();  // may be fewer than asked for
-    work(count * thread / given, count * (thread + 1) / given);
-  }
+  run_threads(threads, [&](int64_t thread, int number) {
+    work(count * thread / number, count * (thread + 1) / number);
+  });
 }
