@@ -15,6 +15,8 @@ HASWELL = "fpu avx avx2 bmi1 bmi2 f16c fma abm movbe sse4_2"
 ICE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512vbmi avx512_vnni"
 NEOVERSE_N1 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp ssbs"
 
+M1 = "hw.optional.arm.FEAT_I8MM: 0\nhw.optional.arm.FEAT_BF16: 0\nhw.optional.arm64: 1\n"  # lines of macOS's sysctl
+
 
 @pytest.mark.parametrize(
     ("machine", "features", "expected"),
@@ -27,6 +29,9 @@ NEOVERSE_N1 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp asimdrdm lrcpc dc
         ("x86_64", ICE_LAKE + " avx512_bf16 amx_tile amx_bf16", ["avx512", "avx2"]),
         ("aarch64", NEOVERSE_N1, ["dotprod"]),
         ("aarch64", NEOVERSE_N1 + " i8mm bf16", ["i8mm", "dotprod"]),
+        ("arm64", levels.apple_features(M1), ["dotprod"]),
+        ("arm64", levels.apple_features(M1.replace("0", "1")), ["i8mm", "dotprod"]),
+        ("x86_64", levels.apple_features("hw.optional.avx2_0: 1"), []),
         ("aarch64", "fp asimd aes crc32", []),
         ("riscv64", ICE_LAKE, []),
     ],

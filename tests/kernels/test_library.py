@@ -9,11 +9,12 @@ import subprocess
 import sys
 from ctypes import c_bool, c_double, c_int64, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qwen3fast.kernels import cpu, forms_file
-from qwen3fast.kernels.cpu import library
+from qwen3fast.kernels.cpu import building, levels, library
 
 IS_LOADED = cpu.load()
 BUILT = next(library.cache_folder().glob(f"ops-{library.source_key()}-*.so"), Path())
@@ -100,8 +101,43 @@ def test_without_a_compiler_a_library_that_is_built_is_used(folder, monkeypatch)
     monkeypatch.delenv("CXX", raising=False)
     assert is_whole(library.open_library())
     (folder / BUILT.name).unlink()
-    with pytest.raises(library.NoCompilerError, match=r"need Linux with g\+\+ or clang\+\+"):
+    with pytest.raises(library.NoCompilerError, match=r"need g\+\+ or clang\+\+"):
         library.open_library()
+
+
+@pytest.mark.parametrize(
+    ("system", "flags"), [("linux", library.TARGET_FLAGS), ("darwin", levels.levels_of("arm64")[0].flags)]
+)
+def test_macos_gets_what_is_built_for_its_level(folder, monkeypatch, system, flags):
+    def build(compiler, target_flags, folder, prefix, jobs):
+        assert target_flags == flags
+        return Path(shutil.copy(BUILT, folder / BUILT.name))
+
+    monkeypatch.setattr(library, "build", build)
+    monkeypatch.delenv(library.PIN)
+    monkeypatch.setattr(library, "this_machine", lambda: levels.levels_of("arm64"))
+    monkeypatch.setattr(library, "sys", SimpleNamespace(platform=system))
+    assert is_whole(library.open_library())
+
+
+def test_other_systems_build_nothing(monkeypatch):
+    monkeypatch.setattr(library, "sys", SimpleNamespace(platform="win32"))
+    with pytest.raises(library.NoCompilerError, match="need Linux or macOS"):
+        library.open_library()
+
+
+@pytest.mark.parametrize(
+    ("version", "flag"),
+    [
+        ("g++ (Debian 12.2.0-14) 12.2.0\nCopyright (C) 2022 Free Software Foundation, Inc.", "-fopenmp"),
+        ("Apple clang version 15.0.0 (clang-1500.3.9.4)\nTarget: arm64-apple-darwin23.4.0", "-pthread"),
+    ],
+)
+def test_only_gcc_gets_openmp(version, flag, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\necho '{version}'\n")
+    compiler.chmod(0o700)
+    assert building.threads_flag([str(compiler)]) == flag
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])

@@ -33,7 +33,7 @@ def load(jobs: int | None = None) -> bool:
     """Build (once per machine: seconds) and open the library of operations, once in a process.
 
     jobs: compilers that run at the same time; None runs all of them.
-    Returns: whether the operations can be used; if not, the reason is logged. Only GCC and Clang on Linux are tried.
+    Returns: whether the operations can be used; if not, the reason is logged. Linux and macOS are tried.
     """
     global _is_ready, _was_tried
     with _loading:

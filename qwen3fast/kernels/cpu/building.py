@@ -37,7 +37,7 @@ HEADERS = (
     *("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "block.h", "input.h"),
     *("best.h", "sampler.h", "experts.h", "fp8.h", "lossless.h", "low_rank.h", "records.h", "tiles.h"),
 )
-FLAGS = ["-O3", "-fopenmp", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 EXTRA_FLAGS = {name: ["-ffp-contract=off"] for name in ("quantize_weight.cpp", "processors.cpp")}
 
 
@@ -62,6 +62,16 @@ def target_machine(compiler: Sequence[str]) -> str:
     return done.stdout.partition("-")[0].strip()
 
 
+def threads_flag(compiler: Sequence[str]) -> str:
+    """Return the flag for threads: GCC's OpenMP, which PyTorch uses on Linux; other compilers build parallel.h's own.
+
+    Clang's OpenMP would be another one than PyTorch's, and is missing on macOS.
+    Raises: OSError or subprocess.CalledProcessError where the compiler cannot be asked.
+    """
+    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
+    return "-fopenmp" if "Free Software Foundation" in done.stdout else "-pthread"
+
+
 def build(
     compiler: Sequence[str],
     target_flags: Sequence[str],
@@ -79,16 +89,18 @@ def build(
     loaded, under whatever name, instead of one of its own: two of them would each keep a thread for every core.
     Raises: subprocess.CalledProcessError where compiling fails, OSError where there is no such compiler.
     """
+    threads = threads_flag(compiler)
+    flags = (*FLAGS, threads, *target_flags)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / "ops.so"
         objects = [str(Path(temporary) / f"{name}.o") for name in SOURCES]
         commands = [
-            [*compiler, *FLAGS, *target_flags, *EXTRA_FLAGS.get(name, ()), "-c", str(FOLDER / name), "-o", file]
+            [*compiler, *flags, *EXTRA_FLAGS.get(name, ()), "-c", str(FOLDER / name), "-o", file]
             for name, file in zip(SOURCES, objects, strict=True)
         ]
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(_run, commands))
-        _run([*compiler, "-shared", "-s" if is_shipped else "-fopenmp", *objects, "-o", str(built)])
+        _run([*compiler, "-shared", "-s" if is_shipped else threads, *objects, "-o", str(built)])
         library = folder / f"{prefix}-{digest(built.read_bytes())}.so"
         built.replace(library)
     return library

@@ -5,7 +5,10 @@ Standard library only: setup.py reads this file where PyTorch is not installed.
 
 from __future__ import annotations
 
+import functools
 import platform
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +50,13 @@ LEVELS = (
     Level("dotprod", "aarch64", _ARM | {"asimddp"}, ("-march=armv8.2-a+dotprod",)),
 )
 
+# Of macOS's list. All of Apple's own processors for it have the first ones.
+APPLE = {"arm64": _ARM | {"asimddp"}, "arm.FEAT_I8MM": {"i8mm"}, "arm.FEAT_BF16": {"bf16"}}
+
 
 def levels_of(machine: str) -> tuple[Level, ...]:
     """Return the levels of a kind of machine (as platform.machine() names it), the best first."""
+    machine = {"arm64": "aarch64"}.get(machine, machine)  # macOS's name
     return tuple(level for level in LEVELS if level.machine == machine)
 
 
@@ -70,8 +77,25 @@ def cpu_info(field: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def processor_features() -> str:
-    """Return the features of this processor, separated by spaces, as the system lists them; empty if it does not."""
-    return cpu_info("flags") or cpu_info("Features")
+    """Return the features of this processor, separated by spaces, in Linux's names; empty if the system lists none."""
+    return cpu_info("flags") or cpu_info("Features") or apple_features(_sysctl())
+
+
+def apple_features(listed: str) -> str:
+    """Return the features of a processor of Apple's, in Linux's names. listed: what `sysctl hw.optional` prints."""
+    features = (names for line, names in APPLE.items() if f"hw.optional.{line}: 1" in listed.splitlines())
+    return " ".join(sorted(frozenset().union(*features)))
+
+
+@functools.cache
+def _sysctl() -> str:
+    if sys.platform != "darwin":
+        return ""
+    try:
+        command = ["/usr/sbin/sysctl", "hw.optional"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def this_machine() -> tuple[Level, ...]:

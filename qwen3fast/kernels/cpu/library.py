@@ -68,22 +68,23 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
     """Open the wheel's library, or the one in the cache, built first if there is none yet for this source (seconds).
 
     jobs: compilers that run at the same time; None runs all of them. `ops.h` describes the functions.
-    Raises: NoCompilerError where it has to be built and there is no compiler (only GCC and Clang on Linux are tried);
+    Raises: NoCompilerError where it has to be built and there is no compiler (only GCC and Clang are tried);
     other OSErrors where a file cannot be used; subprocess.CalledProcessError where compiling fails; ValueError where
     QWEN3FAST_CPU_LEVEL names no level of this machine.
     """
-    if sys.platform != "linux":
-        raise NoCompilerError("they need Linux with g++ or clang++")
+    if sys.platform not in ("linux", "darwin"):
+        raise NoCompilerError("they need Linux or macOS")
     candidates = usable_levels()
     library = _find_shipped(candidates)
     if library is None:
-        flags = candidates[0].flags if os.environ.get(PIN) and candidates else TARGET_FLAGS
+        is_level = os.environ.get(PIN) or sys.platform == "darwin"  # Xcode's older compilers know no native ARM
+        flags = candidates[0].flags if candidates and is_level else TARGET_FLAGS
         folder, key = cache_folder(), source_key(flags)
         library = _find(folder, key)
     if library is None:
         compiler = find_compiler()
         if not compiler:
-            raise NoCompilerError("they need Linux with g++ or clang++")
+            raise NoCompilerError("they need g++ or clang++")
         logger.info("building C++ operations into %s", folder)
         library = with_types(ctypes.CDLL(str(build(compiler, flags, folder, f"ops-{key}", jobs))))
     return library
