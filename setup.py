@@ -1,8 +1,8 @@
 """Wheels with the C++ operations compiled for each level of processors; all else is in pyproject.toml.
 
 `python -m build` and `pip install .` compile them where there is a compiler ($CXX, g++), for the machine that it
-compiles for. Without one, or if compiling fails, the wheel holds Python alone, and a warning says so. Editable installs
-compile nothing: there the first use builds for the very processor.
+compiles for. Without one, if compiling fails, or on other systems than Linux, the wheel holds Python alone, and a
+warning says so. Editable installs compile nothing. Then the first use builds for the very processor, if it can.
 
 QWEN3FAST_BUILD_LEVELS   names of the levels to build (see qwen3fast/kernels/cpu/levels.py); empty: none. Default: all.
 CXXFLAGS                 flags behind the project's own.

@@ -122,6 +122,8 @@ def emulate(level: Level, cases: Path, folder: Path, name: str) -> str:
     target, emulator = f"{level.machine}-linux-gnu", emulator_of(level)
     if shutil.which(f"{target}-g++") is None or emulator is None:  # Clang takes its libraries
         return "not emulated"
+    if name != "g++" and level.name == "avx2":  # QEMU 7.2 ends at a masked load of a null pointer, which reads nothing
+        return "not emulated"
     compiler = [f"{target}-g++"] if name == "g++" else [name, f"--target={target}"]
     flags = (*FLAGS, threads_flag(compiler))
     before, others, where = emulator
