@@ -741,7 +741,7 @@ def test_prefill_layers_refuse_inputs_that_do_not_fit(changes, message):
 
 # Not optimized much: that takes over a minute, most of it for products without vector instructions of 32 bytes.
 CPU_FORMATS = [*FORMATS.values(), FORMATS["fp8"].with_blocks()]
-PROCESSORS = {"AVX2": ["-march=native", "-mno-avx512f", "-O1"], "any": ["-O0"]}
+PROCESSORS = {"AVX2": ["-march=x86-64-v3", "-O1"], "any": ["-O0"]}
 ON_ANOTHER_PROCESSOR = """
 import torch
 from qwen3fast.kernels import cpu
