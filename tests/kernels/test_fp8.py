@@ -8,9 +8,9 @@ from conftest import assert_near, assert_same, random_tensor
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import tiles
 from qwen3fast.kernels.cpu.dequantize import dequantized_linear
-from qwen3fast.kernels.cpu.ops import quantize_weight
+from qwen3fast.kernels.cpu.ops import pack_scales, quantize_weight
 from qwen3fast.kernels.cpu.structures import packed_linear
-from qwen3fast.quantization.formats import FORMATS, quantize
+from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, quantize
 from qwen3fast.quantization.fp8 import pack_fp8
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
@@ -78,7 +78,11 @@ def test_scales_that_do_not_fit_are_refused(scale):
         packed_linear(packed.weight, scale)
 
 
-def test_weights_are_not_quantized_to_fp8_in_cpp():
-    weight, packed = random_tensor(32, 64).bfloat16(), FP8.operands(FP8.empty(32, 64))
+@pytest.mark.parametrize("name", ["fp8", "int4", "lossless", "uint4"])
+def test_weights_are_not_quantized_to_other_formats_in_cpp(name):
+    weight, format = random_tensor(32, 64).bfloat16(), ALL_FORMATS[name]
+    packed = format.operands(quantize(weight, format))
+    if name == "int4":
+        packed = packed._replace(scale=pack_scales(packed.scale))  # in bytes
     with pytest.raises(ValueError, match="int8 and int4 only"):
         quantize_weight(weight, *packed)

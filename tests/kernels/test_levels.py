@@ -13,7 +13,12 @@ from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import building, levels, library
 
 HASWELL = "fpu avx avx2 bmi1 bmi2 f16c fma abm movbe sse4_2"
-ICE_LAKE = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl avx512vbmi avx512_vnni"
+ALDER_LAKE = HASWELL + " avx_vnni"
+SKYLAKE_X = HASWELL + " avx512f avx512bw avx512cd avx512dq avx512vl"
+CASCADE_LAKE = SKYLAKE_X + " avx512_vnni"
+COOPER_LAKE = CASCADE_LAKE + " avx512_bf16"
+ZEN_4 = COOPER_LAKE + " avx512vbmi"
+OF_VNNI = ["avx512vnni", "avx2"]
 NEOVERSE_N1 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp ssbs"
 
 M1 = "hw.optional.arm.FEAT_I8MM: 0\nhw.optional.arm.FEAT_BF16: 0\nhw.optional.arm64: 1\n"  # lines of macOS's sysctl
@@ -24,17 +29,21 @@ M1 = "hw.optional.arm.FEAT_I8MM: 0\nhw.optional.arm.FEAT_BF16: 0\nhw.optional.ar
     [
         ("x86_64", HASWELL, ["avx2"]),
         ("x86_64", HASWELL.replace(" fma", ""), []),
-        ("x86_64", ICE_LAKE, ["avx2"]),
-        ("x86_64", ICE_LAKE + " avx512_bf16", ["avx512", "avx2"]),
-        ("x86_64", ICE_LAKE + " avx512_bf16 amx_tile amx_bf16 amx_int8", ["amx", "avx512", "avx2"]),
-        ("x86_64", ICE_LAKE + " avx512_bf16 amx_tile amx_bf16", ["avx512", "avx2"]),
+        ("x86_64", ALDER_LAKE, ["avxvnni", "avx2"]),
+        ("x86_64", SKYLAKE_X, ["avx2"]),
+        ("x86_64", CASCADE_LAKE, OF_VNNI),
+        ("x86_64", COOPER_LAKE, OF_VNNI),
+        ("x86_64", ZEN_4, ["avx512", *OF_VNNI]),
+        ("x86_64", ZEN_4 + " avx_vnni", ["avx512", "avx512vnni", "avxvnni", "avx2"]),
+        ("x86_64", ZEN_4 + " amx_tile amx_bf16 amx_int8", ["amx", "avx512", *OF_VNNI]),
+        ("x86_64", ZEN_4 + " amx_tile amx_bf16", ["avx512", *OF_VNNI]),
         ("aarch64", NEOVERSE_N1, ["dotprod"]),
         ("aarch64", NEOVERSE_N1 + " i8mm bf16", ["i8mm", "dotprod"]),
         ("arm64", levels.apple_features(M1), ["dotprod"]),
         ("arm64", levels.apple_features(M1.replace("0", "1")), ["i8mm", "dotprod"]),
         ("x86_64", levels.apple_features("hw.optional.avx2_0: 1"), []),
         ("aarch64", "fp asimd aes crc32", []),
-        ("riscv64", ICE_LAKE, []),
+        ("riscv64", ZEN_4, []),
     ],
 )
 def test_a_processor_gets_the_levels_it_has_all_features_of(machine, features, expected):
@@ -42,11 +51,12 @@ def test_a_processor_gets_the_levels_it_has_all_features_of(machine, features, e
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not building.find_compiler(), reason="for compilers of x86")
-def test_this_machine_has_the_level_that_its_compiler_finds():
+def test_this_machine_has_the_levels_that_its_compiler_finds():
     command = [*building.find_compiler(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     macros = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    is_found = {"__AVX512VNNI__", "__AVX512BF16__", "__AVX512VBMI__"} <= macros
-    assert ("avx512" in [level.name for level in levels.this_machine()]) == is_found
+    found = {level.name for level in levels.this_machine()}
+    assert ("avx512" in found) == ({"__AVX512VNNI__", "__AVX512BF16__", "__AVX512VBMI__"} <= macros)
+    assert ("avx512vnni" in found, "avxvnni" in found) == ("__AVX512VNNI__" in macros, "__AVXVNNI__" in macros)
 
 
 @pytest.mark.parametrize("line", ["flags\t\t: fpu avx2 fma", "Features\t: fpu avx2 fma"])

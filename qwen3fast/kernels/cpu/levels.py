@@ -32,8 +32,8 @@ _V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())
 _V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
 _ARM = frozenset("asimd atomics crc32 asimdrdm".split())
 
-_AVX512 = _V4 | {"avx512_vnni", "avx512_bf16", "avx512vbmi"}
-_AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
+_VNNI, _VNNI_FLAGS = _V4 | {"avx512_vnni"}, ("-march=x86-64-v4", "-mavx512vnni")
+_AVX512, _AVX512_FLAGS = _VNNI | {"avx512_bf16", "avx512vbmi"}, (*_VNNI_FLAGS, "-mavx512bf16", "-mavx512vbmi")
 _AMX = ("tile", "bf16", "int8")
 
 # Of each kind of machine, the best comes first.
@@ -45,6 +45,8 @@ LEVELS = (
         (*_AVX512_FLAGS, *(f"-mamx-{part}" for part in _AMX)),
     ),
     Level("avx512", "x86_64", _AVX512, _AVX512_FLAGS),
+    Level("avx512vnni", "x86_64", _VNNI, _VNNI_FLAGS),
+    Level("avxvnni", "x86_64", _V3 | {"avx_vnni"}, ("-march=x86-64-v3", "-mavxvnni")),
     Level("avx2", "x86_64", _V3, ("-march=x86-64-v3",)),
     Level("i8mm", "aarch64", _ARM | {"asimddp", "i8mm", "bf16"}, ("-march=armv8.2-a+dotprod+i8mm+bf16",)),
     Level("dotprod", "aarch64", _ARM | {"asimddp"}, ("-march=armv8.2-a+dotprod",)),

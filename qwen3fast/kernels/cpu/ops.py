@@ -53,10 +53,10 @@ def gated_linear(x: Tensor, gate_NK: Tensor, up_NK: Tensor, limits: Sequence[int
 
     One pass over the weights, where their C++ form with many rows serves; otherwise two products.
     """
-    (N, K), at = gate_NK.shape, RowLimits(*limits)
+    N, K, at = len(gate_NK), x.shape[-1], RowLimits(*limits)
     rows = x.numel() // K
     weights = (gate_NK, up_NK)
-    is_one_pass = MANY_ROWS <= rows < min(at) and N % 8 == K % LANES == 0 and gate_NK.shape == up_NK.shape
+    is_one_pass = MANY_ROWS <= rows < min(at) and N % 8 == K % LANES == 0 and gate_NK.shape == up_NK.shape == (N, K)
     if not (is_one_pass and all(w.is_contiguous() and w.dtype == x.dtype == torch.bfloat16 for w in weights)):
         return F.silu(linear(x, gate_NK, limits)) * linear(x, up_NK, limits)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
@@ -110,7 +110,8 @@ def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     Raises: ValueError for another dtype, device, shape or layout.
     """
     linear = packed_linear(packed, scale)
-    require(linear.span == 0, "quantize_weight: int8 and int4 only")
+    is_right = linear.bits in (4, 8) and not linear.span and not linear.record
+    require(is_right, "quantize_weight: int8 and int4 only, with scales in float32 and bfloat16")
     weight = address("quantize_weight: weight", weight_NK, torch.bfloat16, linear.N, linear.K)
     sizes, pointers = (linear.N, linear.K, linear.bits), (linear.weight, linear.scale)
     functions().qwen3fast_quantize_weight(weight, *sizes, *pointers, torch.get_num_threads())

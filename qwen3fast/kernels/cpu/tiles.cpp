@@ -206,8 +206,9 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
                            int64_t threads) {
   const int64_t K = weights[0].K, whole = M / kTwo * kTwo;
   const int64_t num_plain = std::count_if(weights, weights + count, is_bfloat16);
-  // Lossless weights beside quantized ones, whose x is in another order.
-  if (num_plain != 0 && num_plain != count) return qwen3fast_quantized_linear(x, weights, count, y, M, threads);
+  // Lossless weights beside quantized ones, whose x is in another order; weights in bfloat16 whose rows end within a tile.
+  if ((num_plain != 0 && num_plain != count) || K % kTileDepth)
+    return qwen3fast_quantized_linear(x, weights, count, y, M, threads);
   const bool is_plain = num_plain != 0;
   const auto uses_int8 = [&](const Linear& weight) { return tiles == kInt8Tiles && is_int8(weight); };
   const std::vector<Panel> panels = panels_of(weights, count, y);

@@ -376,6 +376,10 @@ FORCE_INLINE Ints dot2(Ints total, Bits a, Bits b) {
 #if defined(__AVX512VNNI__)
   total.part[0] = (Ints::Part)_mm512_dpwssd_epi32((__m512i)total.part[0], (__m512i)a.part[0], (__m512i)b.part[0]);
   return total;
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  for (int64_t i = 0; i < Ints::kParts; i++)
+    total.part[i] = (Ints::Part)_mm256_dpwssd_avx_epi32((__m256i)total.part[i], (__m256i)a.part[i], (__m256i)b.part[i]);
+  return total;
 #elif defined(__AVX512BW__)
   total.part[0] += (Ints::Part)_mm512_madd_epi16((__m512i)a.part[0], (__m512i)b.part[0]);
   return total;
@@ -393,6 +397,11 @@ FORCE_INLINE Ints dot2(Ints total, Bits a, Bits b) {
 FORCE_INLINE Ints dot4(Ints total, Bits weight, int32_t x) {
 #if defined(__AVX512VNNI__)
   total.part[0] = (Ints::Part)_mm512_dpbusd_epi32((__m512i)total.part[0], (__m512i)weight.part[0], _mm512_set1_epi32(x));
+  return total;
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  for (int64_t i = 0; i < Ints::kParts; i++)
+    total.part[i] =
+        (Ints::Part)_mm256_dpbusd_avx_epi32((__m256i)total.part[i], (__m256i)weight.part[i], _mm256_set1_epi32(x));
   return total;
 #else
   // Even and odd bytes apart, as 16-bit numbers: the byte instruction of AVX2 saturates.
@@ -433,8 +442,19 @@ struct ByteSums<8> {
   FORCE_INLINE void add(Bits weight, int32_t x) { signed_sums.add(weight ^ 0x80808080u, x); }
   FORCE_INLINE Ints total(int32_t) const { return signed_sums.sums; }
 };
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-FORCE_INLINE __m256i sum_pairs(__m256i numbers) { return _mm256_madd_epi16(numbers, _mm256_set1_epi16(1)); }
+#elif (defined(__AVX512BW__) && !defined(__AVX512VNNI__)) || \
+    (defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__))
+#ifdef __AVX512BW__
+#define OF_REGISTER(name) _mm512_##name
+FORCE_INLINE __m512i with_signs_of(__m512i level, __m512i x) {
+  return _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(level), __m512i{}, x);
+}
+#else
+#define OF_REGISTER(name) _mm256_##name
+FORCE_INLINE __m256i with_signs_of(__m256i level, __m256i x) { return _mm256_sign_epi8(x, level); }
+#endif
+typedef decltype(OF_REGISTER(set1_epi32)(0)) Register;
+FORCE_INLINE Register sum_pairs(Register numbers) { return OF_REGISTER(madd_epi16)(numbers, OF_REGISTER(set1_epi16)(1)); }
 
 // 4 bits, up to 15: pairs of products, 8 per lane, sum up to 30,480 at most.
 template <>
@@ -444,11 +464,12 @@ struct ByteSums<4> {
   FORCE_INLINE void start(int32_t) { sums = 0; }
   FORCE_INLINE void add(Bits weight, int32_t x) {
     for (int64_t i = 0; i < Bits::kParts; i++)
-      sums.part[i] += (Wide<int16_t>::Part)_mm256_maddubs_epi16((__m256i)weight.part[i], _mm256_set1_epi32(x));
+      sums.part[i] +=
+          (Wide<int16_t>::Part)OF_REGISTER(maddubs_epi16)((Register)weight.part[i], OF_REGISTER(set1_epi32)(x));
   }
   FORCE_INLINE Ints total(int32_t offset) const {
     Ints total = offset;
-    for (int64_t i = 0; i < Ints::kParts; i++) total.part[i] += (Ints::Part)sum_pairs((__m256i)sums.part[i]);
+    for (int64_t i = 0; i < Ints::kParts; i++) total.part[i] += (Ints::Part)sum_pairs((Register)sums.part[i]);
     return total;
   }
 };
@@ -461,7 +482,8 @@ struct ByteSums<6> {
   FORCE_INLINE void start(int32_t offset) { sums = offset; }
   FORCE_INLINE void add(Bits weight, int32_t x) {
     for (int64_t i = 0; i < Bits::kParts; i++)
-      sums.part[i] += (Ints::Part)sum_pairs(_mm256_maddubs_epi16((__m256i)weight.part[i], _mm256_set1_epi32(x)));
+      sums.part[i] += (Ints::Part)sum_pairs(
+          OF_REGISTER(maddubs_epi16)((Register)weight.part[i], OF_REGISTER(set1_epi32)(x)));
   }
   FORCE_INLINE Ints total(int32_t) const { return sums; }
 };
@@ -478,8 +500,9 @@ struct ByteSums<8> {
   FORCE_INLINE void add(Bits weight, int32_t x) {
     const Bits level = weight ^ 0x80808080u;
     for (int64_t i = 0; i < Bits::kParts; i++) {
-      const __m256i signed_x = _mm256_sign_epi8(_mm256_set1_epi32(x), (__m256i)level.part[i]);
-      sums.part[i] += (Ints::Part)sum_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)level.part[i]), signed_x));
+      const Register signed_level = (Register)level.part[i];
+      const Register signed_x = with_signs_of(signed_level, OF_REGISTER(set1_epi32)(x));
+      sums.part[i] += (Ints::Part)sum_pairs(OF_REGISTER(maddubs_epi16)(OF_REGISTER(abs_epi8)(signed_level), signed_x));
     }
   }
   FORCE_INLINE Ints total(int32_t) const { return sums; }
