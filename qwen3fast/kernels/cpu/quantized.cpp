@@ -157,9 +157,12 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   constexpr bool kIsRead = has_read_scales(kKind, kBlocks);
   ScaleReader<kKind> records[kBlocks];
   for (int b = 0; kKind > kInt4 && !kIsRead && b < kBlocks; b++) records[b].start(weight, block + b);
+  constexpr int kPaired = kHasPairSums ? kM / 2 * 2 : 0;  // rows of x
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
     if (kBlocks > 1) ahead.ask<kIntoL1>();
+    PairSums<kByteBits> pairs[kPaired / 2 + 1];
+    Bits before = {};  // the four channels before
     ByteSums<kByteBits> sum[kBlocks][kM];
     const auto offset_of = [&](int m) { return has_minimums(kKind) ? 0 : offset[m * G + g]; };
     Bits high[kBlocks] = {};
@@ -188,8 +191,12 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
           levels[b] = levels_of(kBits, packed[b], high[b], four);
           if (kKind == kNl4) levels[b] = look_up(kLookedUp, levels[b]);
         }
+#pragma GCC unroll 4
+        for (int m = 0; m < (four % 2 ? kPaired : 0); m += 2)
+          pairs[m / 2].add(before, levels[0], bytes + m * K + k - 4, bytes + (m + 1) * K + k - 4);
+        if (kPaired) before = levels[0];
 #pragma GCC unroll 8
-        for (int m = 0; m < kM; m++) {
+        for (int m = kPaired; m < kM; m++) {
           const int32_t x_four = load_as<int32_t>(bytes + m * K + k);
 #pragma GCC unroll 4
           for (int b = 0; b < kBlocks; b++) sum[b][m].add(levels[b], x_four);
@@ -215,7 +222,8 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
 #pragma GCC unroll 16
       for (int m = 0; m < kM; m++) {
         const int64_t group = m * groups + g / kInGroup;
-        const Vec product = convert<Vec>(sum[b][m].total(offset_of(m))) * x_scale[group];
+        const Ints sums = m < kPaired ? pairs[m / 2].total(m % 2, offset_of(m)) : sum[b][m].total(offset_of(m));
+        const Vec product = convert<Vec>(sums) * x_scale[group];
         total[b][m] += kKind == kInt8 ? product : product * weight_scale;
         if (has_minimums(kKind)) total[b][m] -= minimum * x_sum[group];
       }

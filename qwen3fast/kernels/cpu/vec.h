@@ -14,7 +14,7 @@
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -364,6 +364,10 @@ FORCE_INLINE Vec dot2(Vec total, Bits a, Bits b) {
 #ifdef __AVX512BF16__
   total.part[0] = (Vec::Part)_mm512_dpbf16_ps((__m512)total.part[0], (__m512bh)a.part[0], (__m512bh)b.part[0]);
   return total;
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  for (int64_t i = 0; i < Vec::kParts; i++)
+    total.part[i] = (Vec::Part)vbfdotq_f32((float32x4_t)total.part[i], (bfloat16x8_t)a.part[i], (bfloat16x8_t)b.part[i]);
+  return total;
 #else
   const Vec a_low = as<Vec>(a << 16), a_high = as<Vec>(a & 0xffff0000u);
   const Vec b_low = as<Vec>(b << 16), b_high = as<Vec>(b & 0xffff0000u);
@@ -506,6 +510,46 @@ struct ByteSums<8> {
     }
   }
   FORCE_INLINE Ints total(int32_t) const { return sums; }
+};
+#endif
+
+// Sums of two rows of x with 16 rows of a weight: the same integers as ByteSums, where an instruction multiplies two rows of
+// 8 bytes with two others.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr bool kHasPairSums = true;
+
+template <int kBits>
+struct PairSums {
+  int32x4_t sums[kLanes / 2] = {};  // of two rows of the weight with the first row of x, then with the second
+
+  // Channels 0 to 3, and 4 to 7, of the weight and of two rows of x.
+  FORCE_INLINE void add(Bits first, Bits second, const int8_t* x, const int8_t* next_x) {
+    const int8x16_t both = vcombine_s8(vld1_s8(x), vld1_s8(next_x));
+    if (kBits == 8) first ^= 0x80808080u, second ^= 0x80808080u;  // without their zero point
+    for (int64_t i = 0; i < Bits::kParts; i++) {
+      const auto a = (uint32x4_t)first.part[i], b = (uint32x4_t)second.part[i];
+      sums[2 * i] = vmmlaq_s32(sums[2 * i], both, vreinterpretq_s8_u32(vzip1q_u32(a, b)));
+      sums[2 * i + 1] = vmmlaq_s32(sums[2 * i + 1], both, vreinterpretq_s8_u32(vzip2q_u32(a, b)));
+    }
+  }
+
+  // Of row 0 or 1.
+  FORCE_INLINE Ints total(int row, int32_t offset) const {
+    Ints total = kBits == 8 ? 0 : offset;
+    for (int64_t i = 0; i < Ints::kParts; i++) {
+      const auto a = vreinterpretq_s64_s32(sums[2 * i]), b = vreinterpretq_s64_s32(sums[2 * i + 1]);
+      total.part[i] += vreinterpretq_s32_s64(row ? vzip2q_s64(a, b) : vzip1q_s64(a, b));
+    }
+    return total;
+  }
+};
+#else
+constexpr bool kHasPairSums = false;
+
+template <int kBits>
+struct PairSums {
+  FORCE_INLINE void add(Bits, Bits, const int8_t*, const int8_t*) {}
+  FORCE_INLINE Ints total(int, int32_t) const { return {}; }
 };
 #endif
 
