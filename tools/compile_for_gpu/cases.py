@@ -18,6 +18,7 @@ from qwen3fast.kernels.cuda.decode_step.weights import (
     INT8,
     PLAIN,
     channels_of,
+    columns_of,
     tile_shape,
     uint4_kind,
 )
@@ -117,14 +118,15 @@ def _cases(size: str, R: int) -> Iterator[KernelCase]:
             ("gate_up", F, E, True, linear.GATE),
             ("down", E, F, False, linear.ADD),
         ):
-            constants = _constants(R, N, width, kind, 2 if use == linear.GATE else 1)
+            tile = tile_shape(N, width, kind, torch.bfloat16, 2 if use == linear.GATE else 1)
+            constants = _constants(R, N, width, kind, tile)
             constants |= {"HAS_NORM": has_norm, "USE": use}
             signature = {"x": "*bf16", "norm": "*bf16", **weights, "y": "*bf16", "eps": "fp32"}
             yield KernelCase(f"{part}, {label}", linear.linear_kernel, signature, constants)
         signature = {"x": "*bf16", "norm": "*bf16", **weights, "eps": "fp32", "logits": "*fp32"}
         signature |= {"best_logit": "*fp32", "best_token": "*i32"}
-        constants = _constants(R, VOCABULARY, E, kind)
-        constants |= {"TILES": tail.ROWS_OF_PROGRAM // constants["BN"]}
+        tile = tail.tile_shape(E, kind, torch.bfloat16)
+        constants = _constants(R, VOCABULARY, E, kind, tile)
         for has_logits in (False, True):
             part = "vocabulary and logits" if has_logits else "vocabulary"
             own = {"HAS_LOGITS": has_logits}
@@ -217,6 +219,6 @@ def _chunk_cases(size: str, H: int, K: int, dtype: torch.dtype = torch.bfloat16)
         yield KernelCase(name, chunk_attention.chunk_kernel, signature, constants, _stages(dtype))
 
 
-def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:
-    BN, BK = tile_shape(R, K, kind, num_tiles)
-    return {"R": R, "ROWS": R, "N": N, "K": K, "BN": BN, "BK": BK, "KIND": kind, "P": channels_of(kind)}
+def _constants(R: int, N: int, K: int, kind: int, tile: tuple[int, int]) -> dict[str, Any]:
+    BN, BK = tile
+    return {"R": R, "ROWS": columns_of(R), "N": N, "K": K, "BN": BN, "BK": BK, "KIND": kind, "P": channels_of(kind)}
