@@ -61,14 +61,16 @@ class KernelCase(NamedTuple):
 def own_cases() -> list[KernelCase]:
     """Return the kernels of steps that are not fused, for bfloat16 in the shapes of the 0.6B and 8B models."""
     bf16, fp32, index = "*bf16", "*fp32", "i32"
-    split_types = [bf16, bf16, bf16, fp32, fp32, "*i64", fp32, fp32, fp32, index, "fp32"]
-    int8_types = [bf16, "*i8", "*i8", fp32, fp32, "*i64", fp32, fp32, fp32, index, "fp32"]
+    split_types = [bf16, bf16, bf16, fp32, fp32, "*i64", fp32, fp32, fp32, bf16, index, "fp32"]
+    int8_types = [bf16, "*i8", "*i8", fp32, fp32, "*i64", fp32, fp32, fp32, bf16, index, "fp32"]
     cases = []
     for group in (2, 4):
         numbers = [8, group, 128, 16, split_attention.BLOCK]
         for name, kinds in (("bf16", split_types), ("int8", int8_types)):
-            title = f"attend_split, {name}, {group} heads a group"
-            cases.append(KernelCase.in_order(title, split_attention._attend_split, kinds, [*numbers, name == "int8"]))
+            for is_whole in (False, True):
+                title = f"attend_split, {name}, {group} heads a group" + ", one split" * is_whole
+                own = [*numbers, is_whole, name == "int8"]
+                cases.append(KernelCase.in_order(title, split_attention._attend_split, kinds, own))
     for width in (32, 64):
         merge = [fp32, fp32, fp32, bf16, index]
         cases.append(KernelCase.in_order(f"merge_splits, {width}", split_attention._merge_splits, merge, [width, 128]))
@@ -148,8 +150,8 @@ def float32_cases(capability: tuple[int, int]) -> list[KernelCase]:
     """Return the kernels of models in float32 that need the most shared memory."""
     _, _, H, K = SIZES["8b"]
     cases = [*_attention_cases("8b", 1, H, K, torch.float32), *_chunk_cases("8b", H, K, torch.float32)]
-    kinds = ["*fp32"] * 5 + ["*i64", "*fp32", "*fp32", "*fp32", "i32", "fp32"]
-    numbers, options = [K, H // K, HEAD_DIM, 16, split_attention.BLOCK, False], _stages(torch.float32)
+    kinds = ["*fp32"] * 5 + ["*i64", "*fp32", "*fp32", "*fp32", "*fp32", "i32", "fp32"]
+    numbers, options = [K, H // K, HEAD_DIM, 16, split_attention.BLOCK, False, False], _stages(torch.float32)
     split = KernelCase.in_order("attend_split", split_attention._attend_split, kinds, numbers)
     cases.append(split._replace(options=options))
     for rows in (16, 64):
