@@ -30,7 +30,9 @@ FORMATS = {
 # (hidden_size, intermediate_size, query heads, key/value heads); heads are of 128, the vocabulary of 151,936.
 SIZES = {"0.6b": (1024, 3072, 16, 8), "8b": (4096, 12288, 32, 8)}
 VOCABULARY, HEAD_DIM = 151_936, 128
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
+TYPES = {int: "i32", float: "fp32"}
+POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 class KernelCase(NamedTuple):
@@ -48,6 +50,16 @@ class KernelCase(NamedTuple):
         names = kernel.arg_names
         signature = dict(zip(names[: len(kinds)], kinds, strict=True))
         return cls(name, kernel, signature, dict(zip(names[len(kinds) :], constants, strict=True)))
+
+    @classmethod
+    def of_launch(cls, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> KernelCase:
+        """Return the case of a call of `launch`."""
+        types = [POINTERS[a.dtype] if isinstance(a, torch.Tensor) else TYPES[type(a)] for a in arguments]
+        signature = dict(zip(kernel.arg_names[: len(types)], types, strict=True))
+        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        return cls(
+            kernel.__name__, kernel, signature, {n: c for n, c in constants.items() if n not in options}, options
+        )
 
     def compile(self, target: Any) -> Any:
         """Return the compiled kernel; pointers are aligned to 16 bytes, as in PyTorch."""
@@ -100,10 +112,10 @@ def compile_cases(
     dependent = capability >= MIN_CAPABILITY
     cases = [case for size in sizes for R in rows for case in _cases(size, R)]
     unique = {case.name: case for case in cases}.values()
-    return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in unique]
+    return [overlapping(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in unique]
 
 
-def _dependent(case: KernelCase, dependent: bool) -> KernelCase:
+def overlapping(case: KernelCase, dependent: bool) -> KernelCase:
     """Return the case of a kernel that overlaps the one before it, or does not."""
     options = case.options | ({"launch_pdl": True} if dependent else {})
     return case._replace(constants=case.constants | {"DEPENDENT": dependent}, options=options)
@@ -162,7 +174,7 @@ def float32_cases(capability: tuple[int, int]) -> list[KernelCase]:
     every = [case for case in cases if not case.name.startswith("combine")]
     dependent = capability >= MIN_CAPABILITY
     every = [case._replace(name=f"{case.name}, float32") for case in every]
-    return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in every]
+    return [overlapping(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in every]
 
 
 def _stages(dtype: torch.dtype) -> dict[str, Any]:
