@@ -151,8 +151,8 @@ def test_slots_are_counted_in_loops_and_shuffles_are_slow(monkeypatch):
     lines += ["@P0 BRA `(.L_x_1)", "NOP", "EXIT"]
     text = "\n".join(line if line.startswith(".L") else f"/*0010*/ {line} ;" for line in lines)
     monkeypatch.setattr(slots.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=text))
-    constants = {"BN": 32, "BK": 128, "K": 256, "ROWS": 8, "USE": linear.GATE}
-    counted = slots.slots_per_weight(KernelCase("x", linear.linear_kernel, {}, constants), b"")
+    constants = {"BN": 32, "BK": 128, "K": 256, "ROWS": 8, "KIND": 0, "USE": linear.GATE}
+    counted = slots.slots_per_weight(KernelCase("x", linear.linear_kernel, {"x": "*bf16"}, constants), b"")
     assert counted == (8 + 0.5 * (16 + 4 + 1 + 1) + 1) * 128 / (2 * 32 * 256)
     assert slots.slots_per_weight(KernelCase("x", None, {}, {}), b"") is None
 

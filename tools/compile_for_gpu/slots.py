@@ -14,6 +14,7 @@ import tempfile
 from compile_for_gpu.binaries import CUOBJDUMP
 from compile_for_gpu.cases import KernelCase
 from qwen3fast.kernels.cuda.decode_step import linear, tail
+from qwen3fast.kernels.cuda.decode_step.weights import num_groups
 
 SLOTS_PER_BYTE = 132 * 128 * 1.98e9 / 4.24e12
 THREADS = 128
@@ -21,8 +22,8 @@ LOADED_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # oth
 
 
 def slots_per_weight(case: KernelCase, cubin: bytes) -> float | None:
-    """Return the slots per weight of a product of the fused step; None for other kernels."""
-    if case.kernel not in (linear.linear_kernel, tail.vocabulary_kernel):
+    """Return the slots per weight of a product of the fused step in 16 bits; None for other kernels."""
+    if case.kernel not in (linear.linear_kernel, tail.vocabulary_kernel) or case.signature["x"] == "*fp32":
         return None
     constants = case.constants
     BN, BK, K, ROWS = (constants[name] for name in ("BN", "BK", "K", "ROWS"))
@@ -31,7 +32,8 @@ def slots_per_weight(case: KernelCase, cubin: bytes) -> float | None:
     instructions, loops = _disassembled(cubin)
     runs = [1.0] * len(instructions)
     # A compiler may unroll loops: a tile's instructions of tensor cores are known, and so are the bytes of a tile of x.
-    products = weights * max(BN, 16) * BK / (16 * 16) / (THREADS / 32)
+    warps = min(THREADS // 32, num_groups(constants["KIND"], BK))  # that share the work
+    products = weights * max(BN, 16) * BK / (16 * 16) / warps
     inside = {i for first, last in loops for i in range(first, last + 1)}
     before = sum(_is_product(name) for i, name in enumerate(instructions) if i not in inside)
     for first, last in loops:

@@ -103,8 +103,8 @@ def channels_of_tile(in_features: int, kind: int, dtype: torch.dtype, rows: int)
 
 @triton.constexpr_function
 def num_groups(KIND, BK):
-    """Return G: one per warp, or one for all channels that share a scale."""
-    return BK // 32 if KIND >= 4 else max(1, BK // 128) if KIND == 3 else 4
+    """Return G: one per warp, or more of channels that share a scale. (Fewer would leave warps without work.)"""
+    return BK // 32 if KIND >= 4 else max(4, BK // 128) if KIND == 3 else 4
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def multiply(
 @triton.jit
 def block_scales(scale, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr):
     """Load the scales of blocks of 16 rows and 128 channels of a tile: [G, BN, 1]."""
-    g, n = k0 // 128 + tl.arange(0, G)[:, None, None], tl.arange(0, BN)[None, :, None]
+    g, n = (k0 + tl.arange(0, G)[:, None, None] * (BK // G)) // 128, tl.arange(0, BN)[None, :, None]
     BLOCKS: tl.constexpr = (K + 127) // 128
     base = scale + (n0 // 16).to(tl.int64) * BLOCKS
     return tl.load(base + n // 16 * BLOCKS + g, mask=(n0 + n < N) & (g < BLOCKS), other=0.0)
