@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cuda_static.program_order import watch_programs
 from kernel_device import DEVICE
 
 pytest.importorskip("triton", reason="the triton package is not installed")
@@ -16,3 +17,23 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
     expected = expected.float().cpu()
     atol = TOLERANCES[dtype] * expected.abs().max().item()
     torch.testing.assert_close(actual.float().cpu(), expected, rtol=0, atol=atol)
+
+
+@pytest.fixture
+def any_order(monkeypatch):
+    """Programs run in a random order, and none may write where another does. (A GPU has an order of its own.)"""
+    conflicts = watch_programs(monkeypatch) if DEVICE == "cpu" else []
+    yield
+    assert conflicts == []
+
+
+@pytest.fixture
+def empty_is_nan(monkeypatch):
+    """What kernels leave out of the memory that they are given shows."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        memory = empty(*shape, **options)
+        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+
+    monkeypatch.setattr(torch, "empty", poisoned)

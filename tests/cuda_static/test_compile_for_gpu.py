@@ -107,7 +107,9 @@ def test_inductors_kernels_must_not_start_the_next_before_their_own_wait(name, i
     assert (facts["loads_before_wait"], facts["launches_before_wait"]) == (1, True)
     assert binaries.is_unsafe(facts) == is_fault
     in_order = [lines[0], lines[2], lines[1], lines[3]]
-    assert not binaries.is_unsafe(kernel(name, **binaries.waits_of("\n".join(in_order))))
+    facts = kernel(name, **binaries.waits_of("\n".join(in_order)))
+    assert not binaries.is_unsafe(facts)
+    assert binaries.is_unsafe(facts | {"is_first": True})  # of a part: it may read what the part before has written
 
 
 def test_registers_and_spills_are_read(monkeypatch):
@@ -126,7 +128,9 @@ def test_launches_and_calls_are_counted(monkeypatch):
     tuner = SimpleNamespace(compile_results=forms, inductor_meta={"kernel_name": "add"})
     part = inspector.describe(SOURCE, [tuner])
     assert (part.launches, part.calls, part.buffers) == (4, {"extern_kernels.mm": 2}, 2)
-    assert part.kernels == [{"name": "add", "size": 128}]
+    assert part.kernels == [{"name": "add", "size": 128, "is_first": False}]
+    tuner.inductor_meta["kernel_name"] = "triton_poi_add_0"
+    assert inspector.describe(SOURCE, [tuner]).kernels[0]["is_first"]
 
 
 def kernel(name, **changes):
@@ -151,15 +155,17 @@ def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
     small, other = kernel("small", spill_bytes=4), kernel("other", shared_bytes=4, registers=40)
     part["kernels"] = [small, other, small]
     counts = {"triton_launches": 6, "library_calls": {"extern_kernels.mm": 3}, "eager_calls": {"aten::copy_": 4}}
-    counts |= {"own_launches": {"qwen3fast::step_draw": 2}}
+    own = kernel("attention_kernel", shared_bytes=12, registers=50)
+    counts |= {"own_launches": {"qwen3fast::step_draw": 2}, "own_kernels": [own]}
     record = record_of(**counts, parts={"run_block": part})
     record = Record.from_dict(record.to_dict())
     [case] = record.cases
     found = {name: estimate.median for name, estimate in case.metrics.items()}
-    assert found == {"triton_kernels": 6, "library_calls": 3, "eager_calls": 4, "shared_bytes": 8}
-    assert (case.facts["most_registers"], case.facts["spill_bytes"]) == (40, 8)  # a kernel counts wherever it is listed
-    assert record.notes["steps"][case.name]["parts"]["run_block"] == part | {"kernels": [0, 1, 0]}
-    assert record.notes["kernels"] == [{"gpu": "sm_90", **small}, {"gpu": "sm_90", **other}]
+    assert found == {"triton_kernels": 6, "library_calls": 3, "eager_calls": 4, "shared_bytes": 12}
+    assert (case.facts["most_registers"], case.facts["spill_bytes"]) == (50, 8)  # a kernel counts wherever it is listed
+    noted = record.notes["steps"][case.name]
+    assert noted["parts"]["run_block"] == part | {"kernels": [0, 1, 0]} and noted["own_kernels"] == [2]
+    assert record.notes["kernels"] == [{"gpu": "sm_90", **found} for found in (small, other, own)]
     assert main.faults_of(record) == []
     most = GPUS["sm_90"].shared_bytes
     record.notes["kernels"] += [{"gpu": "sm_90", **kernel("large", shared_bytes=most + 1)}]
@@ -171,7 +177,14 @@ def test_a_step_is_a_case_and_its_kernels_are_held_against_the_gpu():
 
 
 def test_cases_of_an_earlier_run_are_kept_if_it_had_the_same_code():
-    facts = {"triton_launches": 1, "library_calls": {}, "eager_calls": {}, "own_launches": {}, "parts": {}}
+    facts = {
+        "triton_launches": 1,
+        "library_calls": {},
+        "eager_calls": {},
+        "own_launches": {},
+        "own_kernels": [],
+        "parts": {},
+    }
     earlier, record = record_of(**facts), record_of(**facts)
     record.cases = []
     main.keep_cases(record, earlier)
@@ -190,7 +203,9 @@ def test_the_recorded_step_launches_few_kernels():
     case = cases["decode", "0.6b", "bf16", 1]
     launches = sum(case.metrics[name].median for name in KINDS)
     assert 28 < launches <= MAX_LAUNCHES
-    assert case.facts["spill_bytes"] == 0
+    own = [kernel for kernel in record.notes["own_kernels"] if kernel["name"].endswith(", 0.6b, bf16, 1 rows")]
+    assert len(own) >= 6 * len({kernel["gpu"] for kernel in own}) > 0
+    assert case.facts["spill_bytes"] == 0 and all(kernel["spill_bytes"] == 0 for kernel in own)
     assert not any(binaries.is_unsafe(kernel) for kernel in main.kernels_of(record))
 
 
@@ -229,3 +244,8 @@ def test_a_step_launches_few_kernels_all_of_which_wait(tmp_path):
     kernels = main.kernels_of(record)
     assert len(kernels) > 30 and not any(binaries.is_unsafe(kernel) for kernel in kernels)
     assert any(kernel["launch_pdl"] for kernel in kernels)
+    own = [record.notes["kernels"][number] for number in notes[steps["decode"].name]["own_kernels"]]
+    assert {"linear_kernel", "attention_kernel", "vocabulary_kernel"} < {kernel["name"] for kernel in own}
+    facts = steps["decode"].facts
+    assert facts["most_registers"] == max(kernel["registers"] for kernel in own) and facts["spill_bytes"] == 0
+    assert steps["decode"].metrics["shared_bytes"].median == max(kernel["shared_bytes"] for kernel in own) > 0

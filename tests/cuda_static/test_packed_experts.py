@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import random_tensor
-from cuda_static.kernel_checks import TOLERANCES, assert_near
+from cuda_static.kernel_checks import TOLERANCES, any_order, assert_near, empty_is_nan  # noqa: F401  fixtures
 from kernel_device import DEVICE
 
 from qwen3fast.kernels import cuda
@@ -11,7 +11,7 @@ from qwen3fast.kernels.cuda import packed_experts as kernel
 from qwen3fast.quantization.formats import FORMATS, quantize
 from qwen3fast.quantization.uint4 import Layout
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("any_order", "empty_is_nan")]
 ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))  # one of AWQ's layouts
 SHORT = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))  # Q4_K's
 

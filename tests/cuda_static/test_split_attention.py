@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_tensor
-from cuda_static.kernel_checks import TOLERANCES, assert_near
+from cuda_static.kernel_checks import TOLERANCES, any_order, assert_near, empty_is_nan  # noqa: F401  fixtures
 from kernel_device import DEVICE
 
 from qwen3fast.kernels.cuda import split_attention as kernel
 from qwen3fast.model.kv_cache import quantize_vectors
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("any_order", "empty_is_nan")]
 
 
 def on_device(*tensors):
@@ -55,6 +55,17 @@ def test_split_attention_reads_an_int8_cache(lengths):
     position_B1 = torch.tensor(lengths)[:, None] - 1
     expected = expected_attention(q_BTHD, k * k_scale[..., None], v * v_scale[..., None], position_B1)
     assert_near(kernel.split_attention(*on_device(q_BTHD, k, v, position_B1, k_scale, v_scale)), expected)
+
+
+def test_one_split_needs_no_second_kernel(monkeypatch):
+    monkeypatch.setattr(kernel, "_merge_splits", None)
+    q_BTHD, position_B1 = random_tensor(2, 1, 6, 32), torch.tensor([[59], [-1]])
+    k_RKSD, v_RKSD = (random_tensor(2, 2, 60, 32, seed=s) for s in (1, 2))
+    k_RKSD[1, :, 1:] = v_RKSD[1, :, 1:] = torch.nan
+    assert_near(
+        kernel.split_attention(*on_device(q_BTHD, k_RKSD, v_RKSD, position_B1)),
+        expected_attention(q_BTHD, k_RKSD, v_RKSD, position_B1.clamp(min=0)),
+    )
 
 
 def test_splits_that_get_no_position_do_not_count(monkeypatch):

@@ -57,7 +57,9 @@ def is_unsafe(kernel: dict[str, Any]) -> bool:
     """Return whether a kernel may start before the ones it depends on have ended, and does not wait for them.
 
     Inductor's kernels (named triton_*) load before their wait what the kernel just before them has not written. That
-    holds only if that kernel, which is Inductor's as well, let them start after its own wait. Ours load weights alone.
+    holds only if that kernel, which is Inductor's as well, let them start after its own wait. Before the first kernel
+    of a part is another part's, whose writes Inductor does not know. Ours load weights alone.
     """
     is_early = kernel["name"].startswith("triton_") and kernel.get("launches_before_wait", False)
+    is_early |= kernel.get("is_first", False) and kernel["loads_before_wait"] > 0
     return bool(kernel["launch_pdl"]) and (not kernel["waits"] or kernel["stores_before_wait"] > 0 or is_early)

@@ -18,6 +18,7 @@ from qwen3fast.kernels.cuda.decode_step.weights import (
     INT8,
     PLAIN,
     channels_of,
+    columns_of,
     tile_shape,
     uint4_kind,
 )
@@ -29,7 +30,9 @@ FORMATS = {
 # (hidden_size, intermediate_size, query heads, key/value heads); heads are of 128, the vocabulary of 151,936.
 SIZES = {"0.6b": (1024, 3072, 16, 8), "8b": (4096, 12288, 32, 8)}
 VOCABULARY, HEAD_DIM = 151_936, 128
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
+TYPES = {int: "i32", float: "fp32"}
+POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 class KernelCase(NamedTuple):
@@ -48,6 +51,16 @@ class KernelCase(NamedTuple):
         signature = dict(zip(names[: len(kinds)], kinds, strict=True))
         return cls(name, kernel, signature, dict(zip(names[len(kinds) :], constants, strict=True)))
 
+    @classmethod
+    def of_launch(cls, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> KernelCase:
+        """Return the case of a call of `launch`."""
+        types = [POINTERS[a.dtype] if isinstance(a, torch.Tensor) else TYPES[type(a)] for a in arguments]
+        signature = dict(zip(kernel.arg_names[: len(types)], types, strict=True))
+        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+        return cls(
+            kernel.__name__, kernel, signature, {n: c for n, c in constants.items() if n not in options}, options
+        )
+
     def compile(self, target: Any) -> Any:
         """Return the compiled kernel; pointers are aligned to 16 bytes, as in PyTorch."""
         names = self.kernel.arg_names
@@ -60,14 +73,16 @@ class KernelCase(NamedTuple):
 def own_cases() -> list[KernelCase]:
     """Return the kernels of steps that are not fused, for bfloat16 in the shapes of the 0.6B and 8B models."""
     bf16, fp32, index = "*bf16", "*fp32", "i32"
-    split_types = [bf16, bf16, bf16, fp32, fp32, "*i64", fp32, fp32, fp32, index, "fp32"]
-    int8_types = [bf16, "*i8", "*i8", fp32, fp32, "*i64", fp32, fp32, fp32, index, "fp32"]
+    split_types = [bf16, bf16, bf16, fp32, fp32, "*i64", fp32, fp32, fp32, bf16, index, "fp32"]
+    int8_types = [bf16, "*i8", "*i8", fp32, fp32, "*i64", fp32, fp32, fp32, bf16, index, "fp32"]
     cases = []
     for group in (2, 4):
         numbers = [8, group, 128, 16, split_attention.BLOCK]
         for name, kinds in (("bf16", split_types), ("int8", int8_types)):
-            title = f"attend_split, {name}, {group} heads a group"
-            cases.append(KernelCase.in_order(title, split_attention._attend_split, kinds, [*numbers, name == "int8"]))
+            for is_whole in (False, True):
+                title = f"attend_split, {name}, {group} heads a group" + ", one split" * is_whole
+                own = [*numbers, is_whole, name == "int8"]
+                cases.append(KernelCase.in_order(title, split_attention._attend_split, kinds, own))
     for width in (32, 64):
         merge = [fp32, fp32, fp32, bf16, index]
         cases.append(KernelCase.in_order(f"merge_splits, {width}", split_attention._merge_splits, merge, [width, 128]))
@@ -97,10 +112,10 @@ def compile_cases(
     dependent = capability >= MIN_CAPABILITY
     cases = [case for size in sizes for R in rows for case in _cases(size, R)]
     unique = {case.name: case for case in cases}.values()
-    return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in unique]
+    return [overlapping(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in unique]
 
 
-def _dependent(case: KernelCase, dependent: bool) -> KernelCase:
+def overlapping(case: KernelCase, dependent: bool) -> KernelCase:
     """Return the case of a kernel that overlaps the one before it, or does not."""
     options = case.options | ({"launch_pdl": True} if dependent else {})
     return case._replace(constants=case.constants | {"DEPENDENT": dependent}, options=options)
@@ -117,14 +132,15 @@ def _cases(size: str, R: int) -> Iterator[KernelCase]:
             ("gate_up", F, E, True, linear.GATE),
             ("down", E, F, False, linear.ADD),
         ):
-            constants = _constants(R, N, width, kind, 2 if use == linear.GATE else 1)
+            tile = tile_shape(N, width, kind, torch.bfloat16, 2 if use == linear.GATE else 1)
+            constants = _constants(R, N, width, kind, tile)
             constants |= {"HAS_NORM": has_norm, "USE": use}
             signature = {"x": "*bf16", "norm": "*bf16", **weights, "y": "*bf16", "eps": "fp32"}
             yield KernelCase(f"{part}, {label}", linear.linear_kernel, signature, constants)
         signature = {"x": "*bf16", "norm": "*bf16", **weights, "eps": "fp32", "logits": "*fp32"}
         signature |= {"best_logit": "*fp32", "best_token": "*i32"}
-        constants = _constants(R, VOCABULARY, E, kind)
-        constants |= {"TILES": tail.ROWS_OF_PROGRAM // constants["BN"]}
+        tile = tail.tile_shape(E, kind, torch.bfloat16)
+        constants = _constants(R, VOCABULARY, E, kind, tile)
         for has_logits in (False, True):
             part = "vocabulary and logits" if has_logits else "vocabulary"
             own = {"HAS_LOGITS": has_logits}
@@ -146,8 +162,8 @@ def float32_cases(capability: tuple[int, int]) -> list[KernelCase]:
     """Return the kernels of models in float32 that need the most shared memory."""
     _, _, H, K = SIZES["8b"]
     cases = [*_attention_cases("8b", 1, H, K, torch.float32), *_chunk_cases("8b", H, K, torch.float32)]
-    kinds = ["*fp32"] * 5 + ["*i64", "*fp32", "*fp32", "*fp32", "i32", "fp32"]
-    numbers, options = [K, H // K, HEAD_DIM, 16, split_attention.BLOCK, False], _stages(torch.float32)
+    kinds = ["*fp32"] * 5 + ["*i64", "*fp32", "*fp32", "*fp32", "*fp32", "i32", "fp32"]
+    numbers, options = [K, H // K, HEAD_DIM, 16, split_attention.BLOCK, False, False], _stages(torch.float32)
     split = KernelCase.in_order("attend_split", split_attention._attend_split, kinds, numbers)
     cases.append(split._replace(options=options))
     for rows in (16, 64):
@@ -158,7 +174,7 @@ def float32_cases(capability: tuple[int, int]) -> list[KernelCase]:
     every = [case for case in cases if not case.name.startswith("combine")]
     dependent = capability >= MIN_CAPABILITY
     every = [case._replace(name=f"{case.name}, float32") for case in every]
-    return [_dependent(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in every]
+    return [overlapping(case, dependent) if "DEPENDENT" in case.kernel.arg_names else case for case in every]
 
 
 def _stages(dtype: torch.dtype) -> dict[str, Any]:
@@ -217,6 +233,6 @@ def _chunk_cases(size: str, H: int, K: int, dtype: torch.dtype = torch.bfloat16)
         yield KernelCase(name, chunk_attention.chunk_kernel, signature, constants, _stages(dtype))
 
 
-def _constants(R: int, N: int, K: int, kind: int, num_tiles: int = 1) -> dict[str, Any]:
-    BN, BK = tile_shape(R, K, kind, num_tiles)
-    return {"R": R, "ROWS": R, "N": N, "K": K, "BN": BN, "BK": BK, "KIND": kind, "P": channels_of(kind)}
+def _constants(R: int, N: int, K: int, kind: int, tile: tuple[int, int]) -> dict[str, Any]:
+    BN, BK = tile
+    return {"R": R, "ROWS": columns_of(R), "N": N, "K": K, "BN": BN, "BK": BK, "KIND": kind, "P": channels_of(kind)}

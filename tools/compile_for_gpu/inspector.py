@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -24,10 +24,12 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_for_gpu.binaries import describe_kernel
+from compile_for_gpu.cases import KernelCase, overlapping
 from qwen3fast.engine.compile import StepCompiler
-from qwen3fast.kernels.cuda.decode_step.sample import PASSES
+from qwen3fast.kernels.cuda.decode_step import attention, linear, ops, sample, tail
+from qwen3fast.kernels.cuda.decode_step.launch import MIN_CAPABILITY
 
-# Kernels that our operations launch; Inductor's source shows each as one call.
+# Kernels that our operations launch, at most; Inductor's source shows each as one call.
 OWN_LAUNCHES = {
     "torch.ops.qwen3fast.packed_matvec.default": 1,
     "torch.ops.qwen3fast.packed_experts.default": 1,
@@ -36,14 +38,21 @@ OWN_LAUNCHES = {
 }
 
 
-def step_launches(name: str, arguments: Any) -> int:
-    """Return the kernels that an operation of kernels/cuda/decode_step launches; 0 for other operations."""
+def launched_kernels(name: str, arguments: Any) -> list[KernelCase]:
+    """Return the kernels that an operation of kernels/cuda/decode_step launches; none for other operations."""
+    found: list[KernelCase] = []
     if not name.startswith("qwen3fast::step_"):
-        return 0
-    if name == "qwen3fast::step_attend":
-        num_splits = arguments[11].shape[1]  # of the workspace
-        return 1 if num_splits == 1 else 2
-    return 2 * PASSES + 2 if name == "qwen3fast::step_draw" else 1
+        return found
+
+    def note(kernel: Any, grid: Any, *given: Any, device: torch.device, **constants: Any) -> None:
+        case = KernelCase.of_launch(kernel, given, constants)
+        found.append(overlapping(case, torch.cuda.get_device_capability(device) >= MIN_CAPABILITY))
+
+    with ExitStack() as patches:
+        for module in (attention, linear, sample, tail):
+            patches.enter_context(patch.object(module, "launch", note))
+        getattr(ops, name.removeprefix("qwen3fast::"))(*arguments)
+    return found
 
 
 class CompiledError(Exception):
@@ -67,7 +76,7 @@ class Compiled:
 class EagerCalls(TorchDispatchMode):
     """Counts operations that launch something and run eagerly, outside of compiled parts.
 
-    own: kernels of the fused step, by operation; calls: other operations.
+    own: kernels of the fused step, by operation; kernels: these, each once; calls: other operations.
     """
 
     supports_higher_order_operators = True
@@ -76,15 +85,17 @@ class EagerCalls(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.own: Counter[str] = Counter()
+        self.kernels: list[KernelCase] = []
         self.is_inside_part = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(function, HigherOrderOperator):
             return function(*args, **(kwargs or {}))
         name = function.name()
-        launches = step_launches(name, args)
-        if launches:
-            self.own[name] += launches
+        kernels = launched_kernels(name, args)
+        self.kernels += [kernel for kernel in kernels if kernel not in self.kernels]
+        if kernels:
+            self.own[name] += len(kernels)
         elif (
             not self.is_inside_part
             and not function.is_view
@@ -114,6 +125,7 @@ class Inspector(StepCompiler):
         self.calls.clear()
         self.eager.calls.clear()
         self.eager.own.clear()
+        self.eager.kernels.clear()
 
     def compile(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
         """Compile as the engine does, sizes that vary included; return what runs the function uncompiled."""
@@ -173,12 +185,14 @@ def describe(source: str, tuners: list[Any]) -> Compiled:
     Of a kernel's forms, between which a device would choose, the one with most shared memory is described.
     """
     call = source[source.find("def call") :]
-    result = Compiled(len(re.findall(r"^\s+\w+\.run\(", call, re.M)))
+    launched = re.findall(r"^\s+(\w+)\.run\(", call, re.M)
+    result = Compiled(len(launched))
     calls = Counter(re.findall(r"(extern_kernels\.\w+|torch\.ops\.[\w.]+|aten\.[\w.]+)\(", call))
     result.launches += sum(OWN_LAUNCHES[name] * count for name, count in calls.items() if name in OWN_LAUNCHES)
     result.calls = {name: count for name, count in calls.items() if name not in OWN_LAUNCHES}
     result.buffers = len(re.findall(r"empty_strided_cuda\(", call))
     for tuner in tuners:
         form = max(tuner.compile_results, key=lambda form: form.kernel.metadata.shared)
-        result.kernels.append(describe_kernel(tuner.inductor_meta.get("kernel_name"), form.kernel))
+        name = tuner.inductor_meta.get("kernel_name")
+        result.kernels.append(describe_kernel(name, form.kernel) | {"is_first": name in launched[:1]})
     return result

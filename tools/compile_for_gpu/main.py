@@ -59,7 +59,7 @@ def add_step(record: Record, gpu_name: str, step: dict[str, Any]) -> None:
     if "error" in step:
         record.notes["errors"][case.name] = step["error"]
         return
-    kernels = [kernel for part in step["parts"].values() for kernel in part["kernels"]]
+    kernels = [*step["own_kernels"], *(kernel for part in step["parts"].values() for kernel in part["kernels"])]
     case.facts["most_registers"] = float(max((kernel["registers"] for kernel in kernels), default=0))
     case.facts["spill_bytes"] = float(sum(kernel["spill_bytes"] for kernel in kernels))
     counts = {"triton_kernels": step["triton_launches"], "library_calls": sum(step["library_calls"].values())}
@@ -70,7 +70,8 @@ def add_step(record: Record, gpu_name: str, step: dict[str, Any]) -> None:
         name: part | {"kernels": [_number_of(record, {"gpu": gpu_name, **kernel}) for kernel in part["kernels"]]}
         for name, part in step["parts"].items()
     }
-    record.notes["steps"][case.name] = {name: step[name] for name in NOTED} | {"parts": parts}
+    own = [_number_of(record, {"gpu": gpu_name, **kernel}) for kernel in step["own_kernels"]]
+    record.notes["steps"][case.name] = {name: step[name] for name in NOTED} | {"own_kernels": own, "parts": parts}
 
 
 def _number_of(record: Record, kernel: dict[str, Any]) -> int:
@@ -143,7 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(as_text(table_rows(record, COLUMNS), left=len(COLUMNS.labels)))
     for kernel in notes["own_kernels"]:
         sizes = f"{kernel['shared_bytes']:9,} bytes shared {kernel['registers']:4} registers"
-        print(f"{kernel['gpu']:7}{kernel['name']:38}{sizes} {kernel['spill_bytes']:5} bytes spilled")
+        sizes += f" {kernel['spill_bytes']:5} bytes spilled {kernel.get('slots_per_weight', '')}"
+        print(f"{kernel['gpu']:7}{kernel['name']:38}{sizes}")
     print(f"wrote {args.output}")
     faults = faults_of(record)
     print("\n".join(faults), file=sys.stderr)

@@ -9,10 +9,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import triton
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from compile_for_gpu.inspector import Inspector
+from compile_for_gpu.kernels import described
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.prefill import Prefill, prefill_step, prefill_together
@@ -112,5 +114,12 @@ def _counted(inspector: Inspector, run: Callable[[], None]) -> dict[str, Any]:
         for call, count in inspector.parts[name].calls.items():
             library[call] += count * times
     used = {name: asdict(inspector.parts[name]) | {"runs": times} for name, times in inspector.calls.items()}
-    counts = {"triton_launches": launches, "library_calls": dict(library), "own_launches": dict(inspector.eager.own)}
+    target = triton.runtime.driver.active.get_current_target()
+    own = [described(case, target) for case in inspector.eager.kernels]
+    counts = {
+        "own_kernels": own,
+        "triton_launches": launches,
+        "library_calls": dict(library),
+        "own_launches": dict(inspector.eager.own),
+    }
     return counts | {"eager_calls": dict(inspector.eager.calls), "parts": used}

@@ -47,15 +47,17 @@ def split_attention(
     G, N = H // K, num_splits(B * K, S)
     q = q_BTHD.contiguous()
     y = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
-    part = torch.empty(B * H, N, D, dtype=torch.float32, device=q.device)
-    maximum, total = torch.empty(2, B * H, N, dtype=torch.float32, device=q.device).unbind()
+    rest = B * H if N > 1 else 0  # of what a second kernel merges
+    part = torch.empty(rest, N, D, dtype=torch.float32, device=q.device)
+    maximum, total = torch.empty(2, rest, N, dtype=torch.float32, device=q.device).unbind()
     is_quantized = k_scale_RKS is not None
     scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (maximum, total)  # not read then
     rows = max(MIN_DOT, triton.next_power_of_2(G))
-    inputs, sizes = (q, k_RKSD, v_RKSD, *scales, position_B1), (S, D**-0.5, K, G, D, rows, BLOCK, is_quantized)
+    inputs, sizes = (q, k_RKSD, v_RKSD, *scales, position_B1), (S, D**-0.5, K, G, D, rows, BLOCK, N == 1, is_quantized)
     with current(q.device):
-        _attend_split[(B * K, N)](*inputs, part, maximum, total, *sizes, num_stages=num_stages(q.dtype))
-        _merge_splits[(B * H,)](part, maximum, total, y, N, triton.next_power_of_2(N), D)
+        _attend_split[(B * K, N)](*inputs, part, maximum, total, y, *sizes, num_stages=num_stages(q.dtype))
+        if N > 1:
+            _merge_splits[(B * H,)](part, maximum, total, y, N, triton.next_power_of_2(N), D)
     return y
 
 
@@ -128,6 +130,7 @@ def _attend_split(
     part,
     maximum,
     total,
+    y,
     num_positions,
     scale,
     num_heads: tl.constexpr,
@@ -135,9 +138,13 @@ def _attend_split(
     head_dim: tl.constexpr,
     rows: tl.constexpr,
     block: tl.constexpr,
+    is_whole: tl.constexpr,
     is_quantized: tl.constexpr,
 ):
-    """Program (i, n): split n of key/value head i % K in row i // K; `group` query heads, padded to `rows`."""
+    """Program (i, n): split n of key/value head i % K in row i // K; `group` query heads, padded to `rows`.
+
+    is_whole: there is one split, and the result goes to y.
+    """
     i, split, num_parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     length = tl.maximum(tl.load(position + i // num_heads), 0) + 1
     share = tl.cdiv(length, num_parts)
@@ -170,9 +177,13 @@ def _attend_split(
             is_quantized,
         )
     out = (i * group + row) * num_parts + split
-    tl.store(maximum + out, most, mask=is_real)
-    tl.store(total + out, weight_sum, mask=is_real)
-    tl.store(part + out[:, None] * head_dim + channel[None, :], values, mask=is_real[:, None])
+    at = out[:, None] * head_dim + channel[None, :]
+    if is_whole:
+        tl.store(y + at, (values / weight_sum[:, None]).to(y.dtype.element_ty), mask=is_real[:, None])
+    else:
+        tl.store(maximum + out, most, mask=is_real)
+        tl.store(total + out, weight_sum, mask=is_real)
+        tl.store(part + at, values, mask=is_real[:, None])
 
 
 @triton.jit

@@ -21,17 +21,23 @@ from torch import Tensor
 from qwen3fast.kernels.cuda.decode_step.launch import launch, prefetch, start_next, wait_for_previous
 from qwen3fast.kernels.cuda.decode_step.weights import (
     Weight,
+    after_wait,
     channels_of,
-    finish,
+    columns_of,
     load_channels,
     load_weights,
     multiply,
+    num_groups,
     scale_numbers,
-    sum_channels,
     tile_shape,
 )
+from qwen3fast.kernels.cuda.split_attention import num_stages
 
 STORE, ADD, GATE = 0, 1, 2  # the use of a product
+# Bytes of a packed weight behind the first tile that a program prefetches at most. Some 500 programs do so at once,
+# with a gate for two weights: the L2 cache, 50 MB on an H100, is to hold it all until they read it. Their whole shares,
+# up to 384 KiB for 8B, would evict each other.
+PREFETCHED = tl.constexpr(2**14)
 
 
 def norm_linear(x_RK: Tensor, norm_K: Tensor, eps: float, weight: Weight, y_RN: Tensor) -> None:
@@ -77,7 +83,7 @@ def _product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
 
 def _launch(x_RK: Tensor, norm_K: Tensor | None, eps: float, weight: Weight, y_RN: Tensor, use: int) -> None:
     (R, K), N = x_RK.shape, y_RN.shape[1]
-    BN, BK = tile_shape(R, K, weight.kind, num_tiles=2 if use == GATE else 1)
+    BN, BK = tile_shape(N, K, weight.kind, x_RK.dtype, num_tiles=2 if use == GATE else 1)
     launch(
         linear_kernel,
         (triton.cdiv(N, BN),),
@@ -89,7 +95,7 @@ def _launch(x_RK: Tensor, norm_K: Tensor | None, eps: float, weight: Weight, y_R
         eps,
         device=x_RK.device,
         R=R,
-        ROWS=triton.next_power_of_2(R),
+        ROWS=columns_of(R),
         N=N,
         K=K,
         BN=BN,
@@ -98,6 +104,7 @@ def _launch(x_RK: Tensor, norm_K: Tensor | None, eps: float, weight: Weight, y_R
         P=channels_of(weight.kind),
         HAS_NORM=norm_K is not None,
         USE=use,
+        num_stages=num_stages(x_RK.dtype),
     )
 
 
@@ -123,76 +130,80 @@ def linear_kernel(
 ):
     """Program i: columns i*BN.. of the result."""
     n0 = tl.program_id(0) * BN
+    G: tl.constexpr = num_groups(KIND, BK)
     up_w, up_scale = w + N * (K // P), scale + scale_numbers(N, K, KIND)  # the second half of a gated weight
     # Weights do not depend on the previous kernel: they are loaded while it ends.
-    if P == 1:
-        raw = load_weights(w, n0, 0, N, K, BN, BK, P)
-        if USE == 2:
-            up_raw = load_weights(up_w, n0, 0, N, K, BN, BK, P)
-    else:
-        prefetch(w + (n0 // 16).to(tl.int64) * (K // P * 16), K // P * 64, DEPENDENT)
-        if USE == 2:
-            prefetch(up_w + (n0 // 16).to(tl.int64) * (K // P * 16), K // P * 64, DEPENDENT)
+    raw = load_weights(w, n0, 0, N, K, BN, BK, KIND, P)
+    if USE == 2:
+        up_raw = load_weights(up_w, n0, 0, N, K, BN, BK, KIND, P)
+    if P != 1 and BK < K:
+        BLOCKS: tl.constexpr = (BN + 15) // 16
+        num_bytes = tl.minimum((K - BK) // P * 64, PREFETCHED // BLOCKS)
+        for i in tl.static_range(BLOCKS):
+            block = tl.minimum(n0 // 16 + i, N // 16 - 1).to(tl.int64)
+            at = block * (K // P * 16) + BK // P * 16
+            prefetch(w + at, num_bytes, DEPENDENT)
+            if USE == 2:
+                prefetch(up_w + at, num_bytes, DEPENDENT)
     if HAS_NORM:
-        norm_x = load_channels(norm, 0, 1, 1, K, BK, P)
+        norm_x = load_channels(norm, 0, 1, 1, K, BK, G)
     start_next(DEPENDENT)
     wait_for_previous(DEPENDENT)
 
-    part = load_channels(x, 0, R, ROWS, K, BK, P)
+    part = load_channels(x, 0, R, ROWS, K, BK, G)
     if HAS_NORM:
-        inverse = inverse_rms(x, part, eps, R, ROWS, K, BK, P)
-        part = normalized(part, inverse, norm_x, x.dtype.element_ty, P)
-    if P == 1:
-        sums = tl.sum(raw.to(tl.float32) * part, 2)
-        if USE == 2:
-            up_sums = tl.sum(up_raw.to(tl.float32) * part, 2)
-    else:
-        sums = multiply(w, part, scale, n0, 0, N, K, BN, BK, KIND, P)
-        if USE == 2:
-            up_sums = multiply(up_w, part, up_scale, n0, 0, N, K, BN, BK, KIND, P)
+        inverse = inverse_rms(x, part, eps, R, ROWS, K, BK, G)
+        part = normalized(part, inverse, after_wait(norm_x, DEPENDENT))
+    zeros = tl.zeros([G, BN, ROWS], tl.float32)
+    sums = multiply(after_wait(raw, DEPENDENT), part, zeros, scale, n0, 0, N, K, BN, BK, KIND, DEPENDENT)
+    if USE == 2:
+        up_sums = multiply(after_wait(up_raw, DEPENDENT), part, zeros, up_scale, n0, 0, N, K, BN, BK, KIND, DEPENDENT)
     if BK < K:
         for k0 in tl.range(BK, K, BK):
-            part = load_channels(x, k0, R, ROWS, K, BK, P)
+            part = load_channels(x, k0, R, ROWS, K, BK, G)
             if HAS_NORM:
-                norm_x = load_channels(norm, k0, 1, 1, K, BK, P)
-                part = normalized(part, inverse, norm_x, x.dtype.element_ty, P)
-            sums += multiply(w, part, scale, n0, k0, N, K, BN, BK, KIND, P)
+                part = normalized(part, inverse, load_channels(norm, k0, 1, 1, K, BK, G))
+            raw = load_weights(w, n0, k0, N, K, BN, BK, KIND, P)
+            sums = multiply(raw, part, sums, scale, n0, k0, N, K, BN, BK, KIND, DEPENDENT)
             if USE == 2:
-                up_sums += multiply(up_w, part, up_scale, n0, k0, N, K, BN, BK, KIND, P)
+                up_raw = load_weights(up_w, n0, k0, N, K, BN, BK, KIND, P)
+                up_sums = multiply(up_raw, part, up_sums, up_scale, n0, k0, N, K, BN, BK, KIND, DEPENDENT)
 
     r, n = tl.arange(0, ROWS), n0 + tl.arange(0, BN)
-    mask = (r < R)[:, None] & (n < N)[None, :]
-    at = (r * N)[:, None] + n[None, :]
-    result = rounded(finish(sums, P), scale, n, N, y.dtype.element_ty, KIND)
+    mask = (n < N)[:, None] & (r < R)[None, :]
+    at = n[:, None] + (r * N)[None, :]
+    result = rounded(sums, scale, n, N, y.dtype.element_ty, KIND)
     if USE == 1:
         result += tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
     if USE == 2:
         gate = (result * tl.sigmoid(result)).to(y.dtype.element_ty).to(tl.float32)
-        result = gate * rounded(finish(up_sums, P), up_scale, n, N, y.dtype.element_ty, KIND)
+        result = gate * rounded(up_sums, up_scale, n, N, y.dtype.element_ty, KIND)
     tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def inverse_rms(x, first, eps, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
-    """Return 1 / sqrt(mean square + eps) of the rows of x, [ROWS, 1]; `first`: their first BK channels."""
-    squares = sum_channels(first * first, P)
+def inverse_rms(x, first, eps, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, G: tl.constexpr):
+    """Return 1 / sqrt(mean square + eps) of the rows of x, [1, ROWS, 1]; `first`: their first BK channels."""
+    part = first.to(tl.float32)
+    squares = part * part
     if BK < K:
-        for k0 in tl.range(BK, K, BK):
-            part = load_channels(x, k0, R, ROWS, K, BK, P)
-            squares += sum_channels(part * part, P)
-    return 1.0 / tl.sqrt(squares / K + eps)
+        for k0 in tl.static_range(BK, K, BK):  # unrolled: many loads are underway at once
+            part = load_channels(x, k0, R, ROWS, K, BK, G).to(tl.float32)
+            squares += part * part
+    return (1.0 / tl.sqrt(tl.sum(tl.sum(squares, 2), 0) / K + eps))[None, :, None]
 
 
 @triton.jit
-def normalized(part, inverse, norm, dtype: tl.constexpr, P: tl.constexpr):
+def normalized(part, inverse, norm):
     """Return channels normalized as in `RMSNorm`: rounded to the dtype before and after applying the weight."""
-    scaled = part * inverse[:, :, None] if P == 1 else part * inverse[:, :, None, None]
-    return (scaled.to(dtype).to(tl.float32) * norm).to(dtype).to(tl.float32)
+    scaled = (part.to(tl.float32) * inverse).to(part.dtype)
+    return (scaled.to(tl.float32) * norm.to(tl.float32)).to(part.dtype)
 
 
 @triton.jit
 def rounded(sums, scale, n, N: tl.constexpr, dtype: tl.constexpr, KIND: tl.constexpr):
-    """Return sums with the rows' scales of 8 bits, rounded to the dtype, as float32."""
+    """Return the sums of all groups, with the rows' scales of 8 bits, rounded to the dtype, as float32 [BN, ROWS]."""
+    sums = tl.sum(sums, 0)
     if KIND == 1 or KIND == 2:
-        sums *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
+        sums *= tl.load(scale + n, mask=n < N, other=0.0)[:, None]
     return sums.to(dtype).to(tl.float32)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3fast.kernels.cuda.decode_step.launch import launch, prefetch, start_next, wait_for_previous
+from qwen3fast.kernels.cuda.decode_step.launch import launch, start_next, wait_for_previous
 from qwen3fast.kernels.cuda.decode_step.linear import (
     _product,
     inverse_rms,
@@ -25,22 +25,22 @@ from qwen3fast.kernels.cuda.decode_step.linear import (
 )
 from qwen3fast.kernels.cuda.decode_step.weights import (
     Weight,
+    after_wait,
     channels_of,
-    finish,
+    channels_of_tile,
+    columns_of,
     load_channels,
+    load_weights,
     multiply,
+    num_groups,
     record_bytes,
     record_scales,
-    tile_shape,
     unpack,
 )
+from qwen3fast.kernels.cuda.split_attention import num_stages
 
-ROWS_OF_PROGRAM = 64  # of the vocabulary
+ROWS_OF_PROGRAM = 64  # of the vocabulary, in a tile
 EMBEDDING_BLOCK = 256  # words of an embedding that a program takes
-# Bytes of the vocabulary that a program prefetches at most. Over a thousand programs do so at once (42 registers per
-# thread), and the L2 cache, 50 MB on an H100, is to hold it all until they read it. A program's whole share is 128 KiB
-# for 0.6B, 512 KiB for 8B.
-PREFETCHED = tl.constexpr(2**14)
 
 
 class Best(NamedTuple):
@@ -87,8 +87,7 @@ def vocabulary(
     Logits are rounded to x's dtype, as the plain output projection gives them. In `best`, NaN counts as infinity.
     """
     (R, E), V = x_RE.shape, weight.shape[0]
-    BN, BK = tile_shape(R, E, weight.kind)
-    BN = min(BN, ROWS_OF_PROGRAM)
+    BN, BK = tile_shape(E, weight.kind, x_RE.dtype)
     launch(
         vocabulary_kernel,
         (best.logit.shape[1],),
@@ -96,16 +95,21 @@ def vocabulary(
         *(*best, best.logit if logits_RV is None else logits_RV, eps),
         device=x_RE.device,
         R=R,
-        ROWS=triton.next_power_of_2(R),
+        ROWS=columns_of(R),
         N=V,
         K=E,
         BN=BN,
         BK=BK,
-        TILES=ROWS_OF_PROGRAM // BN,
         KIND=weight.kind,
         P=channels_of(weight.kind),
         HAS_LOGITS=logits_RV is not None,
+        num_stages=num_stages(x_RE.dtype),
     )
+
+
+def tile_shape(hidden_size: int, kind: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return (BN, BK) of `vocabulary`, whose programs are many: the larger their tiles, the less often x is read."""
+    return ROWS_OF_PROGRAM, channels_of_tile(hidden_size, kind, dtype, ROWS_OF_PROGRAM)
 
 
 def plain_vocabulary(x_RE: Tensor, norm_E: Tensor, eps: float, weight_VE: Tensor) -> Tensor:
@@ -163,10 +167,9 @@ def embed_kernel(
         tl.store(x + r * E + j, tl.load(w + row * E + j, mask=is_real, other=0.0).to(dtype), mask=is_real)
     else:
         block, lane, p = row // 16, row % 16, tl.arange(0, P)
-        words = tl.load(w + block * (J * 16) + j * 16 + lane, mask=is_real, other=0)
-        channels = tl.reshape(unpack(words[None, :, None], KIND), BLOCK, P)
-        if KIND == 2 or KIND == 3:
-            channels = tl.where(tl.abs(channels) > 1.75, float("nan"), channels * 256.0)
+        at = (block * (J * 16) + j * 16 + lane)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        raw = tl.load(w.to(tl.pointer_type(tl.uint8)) + at, mask=is_real[:, None], other=0)
+        channels = tl.reshape(unpack(raw[None, :, None, :], KIND, tl.float32, DEPENDENT), BLOCK, P)
         if KIND == 3:
             word_scale = tl.load(scale + block * ((E + 127) // 128) + j // 32, mask=is_real, other=0.0)
             channels *= word_scale[:, None]
@@ -200,46 +203,39 @@ def vocabulary_kernel(
     K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    TILES: tl.constexpr,
     KIND: tl.constexpr,
     P: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Program c: rows c*TILES*BN.. of the vocabulary, BN at a time."""
+    """Program c: rows c*BN.. of the vocabulary."""
     c = tl.program_id(0)
-    first_n = c * (TILES * BN)
-    if P == 1:
-        num_bytes = tl.minimum(tl.minimum(TILES * BN, N - first_n) * (K * 2), PREFETCHED)
-        prefetch(w + first_n.to(tl.int64) * K, num_bytes, DEPENDENT and K % 8 == 0)
-    else:
-        num_bytes = tl.minimum(tl.minimum(TILES * BN, N - first_n) // 16 * (K // P * 64), PREFETCHED)
-        prefetch(w + (first_n // 16).to(tl.int64) * (K // P * 16), num_bytes, DEPENDENT)
+    n0 = c * BN
+    G: tl.constexpr = num_groups(KIND, BK)
+    raw = load_weights(w, n0, 0, N, K, BN, BK, KIND, P)  # while the previous kernel ends
+    norm_x = load_channels(norm, 0, 1, 1, K, BK, G)
     start_next(DEPENDENT)
     wait_for_previous(DEPENDENT)
-    r = tl.arange(0, ROWS)
-    dtype: tl.constexpr = x.dtype.element_ty
-    inverse = inverse_rms(x, load_channels(x, 0, R, ROWS, K, BK, P), eps, R, ROWS, K, BK, P)
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    token = tl.zeros([ROWS], tl.int32)
-    for tile in range(tl.minimum(TILES, tl.cdiv(N - first_n, BN))):
-        n0 = first_n + tile * BN
-        n = n0 + tl.arange(0, BN)
-        sums = tl.zeros([ROWS, BN], tl.float32) if P == 1 else tl.zeros([ROWS, BK // P, BN], tl.float32)
-        for k0 in range(0, K, BK):
-            part = load_channels(x, k0, R, ROWS, K, BK, P)
-            part = normalized(part, inverse, load_channels(norm, k0, 1, 1, K, BK, P), dtype, P)
-            sums += multiply(w, part, scale, n0, k0, N, K, BN, BK, KIND, P)
-        logit = rounded(finish(sums, P), scale, n, N, dtype, KIND)
-        if HAS_LOGITS:
-            at = r.to(tl.int64)[:, None] * N + n[None, :]
-            tl.store(logits + at, logit, mask=(r < R)[:, None] & (n < N)[None, :])
-        logit = tl.where(logit == logit, logit, float("inf"))
-        logit = tl.where((n < N)[None, :], logit, float("-inf"))
-        largest = tl.max(logit, 1)
-        first = tl.min(tl.where(logit == largest[:, None], n[None, :], N), 1)
-        token = tl.where(largest > most, first, token)
-        most = tl.maximum(largest, most)
+    part = load_channels(x, 0, R, ROWS, K, BK, G)
+    inverse = inverse_rms(x, part, eps, R, ROWS, K, BK, G)
+    part = normalized(part, inverse, after_wait(norm_x, DEPENDENT))
+    zeros = tl.zeros([G, BN, ROWS], tl.float32)
+    sums = multiply(after_wait(raw, DEPENDENT), part, zeros, scale, n0, 0, N, K, BN, BK, KIND, DEPENDENT)
+    if BK < K:
+        for k0 in tl.range(BK, K, BK):
+            part = load_channels(x, k0, R, ROWS, K, BK, G)
+            part = normalized(part, inverse, load_channels(norm, k0, 1, 1, K, BK, G))
+            raw = load_weights(w, n0, k0, N, K, BN, BK, KIND, P)
+            sums = multiply(raw, part, sums, scale, n0, k0, N, K, BN, BK, KIND, DEPENDENT)
+    r, n = tl.arange(0, ROWS), n0 + tl.arange(0, BN)
+    logit = rounded(sums, scale, n, N, x.dtype.element_ty, KIND)
+    if HAS_LOGITS:
+        at = n[:, None] + r.to(tl.int64)[None, :] * N
+        tl.store(logits + at, logit, mask=(n < N)[:, None] & (r < R)[None, :])
+    logit = tl.where(logit == logit, logit, float("inf"))
+    logit = tl.where((n < N)[:, None], logit, float("-inf"))
+    most = tl.max(logit, 0)
+    token = tl.min(tl.where(logit == most[None, :], n[:, None], N), 0)
     at = r * tl.num_programs(0) + c
     tl.store(best_logit + at, most, mask=r < R)
     tl.store(best_token + at, token, mask=r < R)

@@ -1,14 +1,15 @@
 """Tiles of weights: reading each format and multiplying it with up to 8 rows, in one form for all formats.
 
-A tile is BN rows by BK channels of a weight. With so few rows, a product is bound by reading the weight: the sums run
-on ordinary cores in float32, and a row's result does not depend on the number of rows. Plain weights are loaded as
-[1, BN, BK]; packed weights (see quantization/formats.py) as words [1, words, BN] of P channels each, adjacent in memory
-in this order.
+A product with so few rows is to be bound by reading the weight. Ordinary cores would be busy for longer: 8 rows take 8
+instructions per weight, and sums over channels go through several threads. Here the tensor cores multiply, with the
+weight in the place of the large matrix. They add up a row's products in the same order for any number of rows; sums of
+squares before them depend on it. Numbers of all formats are exact in bfloat16; scales of groups multiply the float32
+sums.
 
-Triton uses the layout of the last load. For packed weights this must be the words' load, after the loads of x and of
-scales; otherwise the whole tile goes through shared memory.
+A tile is BN rows by BK channels of a weight, in G groups of channels, which the warps share and whose sums are added at
+the end: [G, BN, BK/G]. Packed weights (see quantization/formats.py) are loaded as bytes [G, words, BN, 4].
 
-    R rows of x   N out_features   K in_features   P channels in a 32-bit word
+    R rows of x   N out_features   K in_features   P channels in a 32-bit word   G groups of channels in a tile
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ GROUP = 32  # channels that share a scale in 4 bits
 # whose numbers have 6 bits; each layout has kernels of its own.
 PLAIN, INT8, FP8, FP8_BLOCK, INT4, UINT4 = 0, 1, 2, 3, 4, 5
 ZERO_RECORD = 3 * LANES
-# Weights in a tile; more would not fit into registers. Chosen by compiling: no kernel spills (tests hold this).
-TILE = {1: 8192, 2: 8192, 4: 4096, 8: 4096}
-LARGEST_BK = {1: 4096, 2: 4096, 4: 1024, 8: 1024}
-SMALLEST_BK = 1024
+# Weights in a tile: enough bytes are underway, with the tiles of a loop that are loaded ahead, and no kernel spills.
+TILE = 8192
+PROGRAMS = 132  # at least, if smaller tiles give as many: one per multiprocessor of an H100
+# A group for each warp, as wide as a step of the tensor cores or a group of scales; and few enough for registers.
+MIN_BK, MAX_BK = 128, 1024
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Weight(NamedTuple):
@@ -73,70 +76,92 @@ def channels_of(kind: int) -> int:
     return 1 if kind == PLAIN else 4 if kind < INT4 else 8
 
 
-def tile_shape(num_rows: int, in_features: int, kind: int, num_tiles: int = 1) -> tuple[int, int]:
-    """Return (BN, BK): all channels at once if this wastes little of a tile, otherwise equal parts.
+def tile_shape(
+    out_features: int, in_features: int, kind: int, dtype: torch.dtype, num_tiles: int = 1
+) -> tuple[int, int]:
+    """Return (BN, BK).
 
-    num_tiles: number of weights that a program multiplies x with at the same time.
+    dtype: of x. num_tiles: number of weights that a program multiplies x with at the same time.
     """
-    rows = triton.next_power_of_2(num_rows)
-    size, largest = TILE[rows] // num_tiles, LARGEST_BK[rows]
-    BK = triton.next_power_of_2(in_features)
-    if kind != PLAIN:
-        BN = LANES // 2
-        return BN, min(BK, size // BN)
-    if largest < BK or 4 * in_features < 3 * BK:
-        BK = next((part for part in (2048, 1024) if part <= largest and in_features % part == 0), SMALLEST_BK)
-    return max(1, size // BK), BK
+    BN = next((BN for BN in (32, 16) if out_features >= BN * PROGRAMS), 8)
+    return BN, channels_of_tile(in_features, kind, dtype, BN * num_tiles)
+
+
+def columns_of(num_rows: int) -> int:
+    """Return ROWS: the number of rows as kernels see it, a power of two.
+
+    At least 2: for one column, Triton (3.8) mixes up the sums of a warp's groups.
+    """
+    return max(2, int(triton.next_power_of_2(num_rows)))
+
+
+def channels_of_tile(in_features: int, kind: int, dtype: torch.dtype, rows: int) -> int:
+    """Return BK for so many rows of weights. Float32, for which there are no tensor cores, needs more registers."""
+    size = TILE // 2 if dtype == torch.float32 else TILE if kind == PLAIN else 2 * TILE
+    return min(size // rows, MAX_BK, max(MIN_BK, int(triton.next_power_of_2(in_features))))
+
+
+@triton.constexpr_function
+def num_groups(KIND, BK):
+    """Return G: one per warp, or more of channels that share a scale. (Fewer would leave warps without work.)"""
+    return BK // 32 if KIND >= 4 else max(4, BK // 128) if KIND == 3 else 4
 
 
 @triton.jit
-def load_weights(w, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
-    """Load the tile at row n0 and channel k0: [1, BN, BK], or words [1, BK/P, BN]; 0 beyond the weight."""
-    n = tl.arange(0, BN)
+def load_weights(
+    w, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr
+):
+    """Load the tile at row n0 and channel k0: [G, BN, BK/G], or bytes [G, BK/G/P, BN, 4]; 0 beyond the weight."""
+    G: tl.constexpr = num_groups(KIND, BK)
     if P == 1:
-        k = k0 + tl.arange(0, BK)
-        at = (n * K)[None, :, None] + k[None, None, :]
-        mask = (n0 + n < N)[None, :, None] & (k < K)[None, None, :]
+        g, n, k = tl.arange(0, G)[:, None, None], tl.arange(0, BN)[None, :, None], tl.arange(0, BK // G)[None, None, :]
+        k = k0 + g * (BK // G) + k
+        at = n * K + k
+        mask = (n0 + n < N) & (k < K)
         base = w + n0.to(tl.int64) * K
     else:
-        j = k0 // P + tl.arange(0, BK // P)
-        at = (j * 16)[None, :, None] + (n0 // 8 % 2 * 8 + n)[None, None, :]
-        mask = (n0 + n < N)[None, None, :] & (j < K // P)[None, :, None]
-        base = w + (n0 // 16).to(tl.int64) * (K // P * 16)
+        # A block's bytes of one word: 4 for each of 16 rows. As one axis they are loaded 16 at a time.
+        J: tl.constexpr = BK // G // P
+        g, j, b = tl.arange(0, G)[:, None, None], tl.arange(0, J)[None, :, None], tl.arange(0, BN * 4)[None, None, :]
+        j = k0 // P + g * J + j
+        at = j * 64 + b // 64 * (K // P * 64) + b % 64
+        mask = (n0 + b // 4 < N) & (j < K // P)
+        base = w.to(tl.pointer_type(tl.uint8)) + (n0 // 16).to(tl.int64) * (K // P * 64) + n0 // 8 % 2 * 32
     if N % BN == 0 and K % BK == 0:
         raw = tl.load(base + at, eviction_policy="evict_first")
     else:
         raw = tl.load(base + at, mask=mask, other=0, eviction_policy="evict_first")
+    if P != 1:
+        raw = tl.reshape(raw, G, BK // G // P, BN, 4)
     return raw
 
 
 @triton.jit
-def load_channels(x, k0, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
-    """Load channels k0.. of the first R (of ROWS) rows of x as float32 [ROWS, 1, BK], or [ROWS, BK/P, 1, P]."""
-    r = tl.arange(0, ROWS)
-    if P == 1:
-        k = k0 + tl.arange(0, BK)
-        at = (r * K)[:, None, None] + k[None, None, :]
-        mask = (r < R)[:, None, None] & (k < K)[None, None, :]
-    else:
-        j, p = k0 // P + tl.arange(0, BK // P), tl.arange(0, P)
-        at = (r * K)[:, None, None, None] + (j * P)[None, :, None, None] + p[None, None, None, :]
-        mask = (r < R)[:, None, None, None] & (j < K // P)[None, :, None, None]
-    part = tl.load(x + at) if R == ROWS and K % BK == 0 else tl.load(x + at, mask=mask, other=0.0)
-    return part.to(tl.float32)
+def after_wait(raw, DEPENDENT: tl.constexpr):
+    """Return what was loaded before waiting for the previous kernel.
+
+    Without this, the compiler would move it through shared memory, and so wait for it, before x is asked for.
+    """
+    if DEPENDENT:
+        PACK: tl.constexpr = 32 // raw.dtype.primitive_bitwidth
+        raw = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [raw], raw.dtype, False, PACK)
+    return raw
 
 
 @triton.jit
-def sum_channels(x, P: tl.constexpr):
-    """Sum over the channels of what `load_channels` gives, times a tile or not: [ROWS, BN or 1]."""
-    sums = tl.sum(x, 2) if P == 1 else tl.sum(tl.sum(x, 3), 1)
-    return sums
+def load_channels(x, k0, R: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, G: tl.constexpr):
+    """Load channels k0.. of the first R (of ROWS) rows of x: [G, ROWS, BK/G]."""
+    r, k = tl.arange(0, ROWS)[None, :, None], tl.arange(0, BK // G)[None, None, :]
+    k = k0 + tl.arange(0, G)[:, None, None] * (BK // G) + k
+    mask = (r < R) & (k < K)
+    return tl.load(x + r * K + k) if R == ROWS and K % BK == 0 else tl.load(x + r * K + k, mask=mask, other=0.0)
 
 
 @triton.jit
 def multiply(
-    w,
+    raw,
     x,
+    sums,
     scale,
     n0,
     k0,
@@ -145,66 +170,64 @@ def multiply(
     BN: tl.constexpr,
     BK: tl.constexpr,
     KIND: tl.constexpr,
-    P: tl.constexpr,
+    HAS_FP8: tl.constexpr,
 ):
-    """Load a tile and multiply it with x: sums for `finish`, float32, in 8 bits without the rows' scales."""
-    if KIND == 3:
-        scales = block_scales(scale, n0, k0, K, BK)
-    elif KIND == 4:
-        scales = group_scales(scale, n0, k0, N, K, BN, BK)
-    elif KIND > 4:
-        scales, minimums = group_minimums(scale, n0, k0, N, K, BN, BK, KIND)
-    raw = load_weights(w, n0, k0, N, K, BN, BK, P)
-    if KIND == 0:
-        sums = tl.sum(raw.to(tl.float32) * x, 2)
+    """Return sums, [G, BN, ROWS] float32, plus a tile's products with x; in 8 bits without the rows' scales."""
+    G: tl.constexpr = num_groups(KIND, BK)
+    tile = raw
+    if KIND != 0:
+        tile = tl.permute(unpack(raw, KIND, x.dtype, HAS_FP8), (0, 2, 1, 3))
+        tile = tl.reshape(tile, G, BN, BK // G)
+    columns = tl.permute(in_pairs(x) if is_in_pairs(KIND, x.dtype) else x, (0, 2, 1))
+    if INTERPRETED:  # it would multiply the bits of bfloat16 as integers
+        tile, columns = tile.to(tl.float32), columns.to(tl.float32)
+    if KIND < 3:
+        sums = tl.dot(tile, columns, sums, input_precision="ieee")
     else:
-        sums = tl.sum(unpack(raw, KIND) * x, 3)  # over the channels of a word: within a thread
-        if KIND == 2 or KIND == 3:
-            sums = sums * 256.0 + nan_of_words(raw)  # see `_byte`
-        if KIND == 3 or KIND == 4:
-            sums *= scales
-        elif KIND > 4:
-            sums = sums * scales - tl.sum(x, 3) * minimums
+        product = tl.dot(tile, columns, input_precision="ieee")
+        if KIND == 3:
+            sums += product * block_scales(scale, n0, k0, N, K, BN, BK, G)
+        elif KIND == 4:
+            sums += product * group_scales(scale, n0, k0, N, K, BN, BK)
+        else:
+            scales, minimums = group_minimums(scale, n0, k0, N, K, BN, BK, KIND)
+            sums += product * scales
+            sums -= minimums * tl.sum(x.to(tl.float32), 2)[:, None, :]
     return sums
 
 
 @triton.jit
-def finish(sums, P: tl.constexpr):
-    """Return the sums of all tiles, [ROWS, BN]; packed weights have separate sums per word until here."""
-    if P != 1:
-        sums = tl.sum(sums, 1)
-    return sums
-
-
-@triton.jit
-def block_scales(scale, n0, k0, K: tl.constexpr, BK: tl.constexpr):
-    """Load the scales of blocks of 128 channels, for each word of a tile, whose rows share them: [1, BK/4, 1]."""
-    j = k0 // 4 + tl.arange(0, BK // 4)[None, :, None]
-    base = scale + (n0 // 16).to(tl.int64) * ((K + 127) // 128)
-    return tl.load(base + j // 32, mask=j < K // 4, other=0.0)
+def block_scales(scale, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr):
+    """Load the scales of blocks of 16 rows and 128 channels of a tile: [G, BN, 1]."""
+    g, n = (k0 + tl.arange(0, G)[:, None, None] * (BK // G)) // 128, tl.arange(0, BN)[None, :, None]
+    BLOCKS: tl.constexpr = (K + 127) // 128
+    base = scale + (n0 // 16).to(tl.int64) * BLOCKS
+    return tl.load(base + n // 16 * BLOCKS + g, mask=(n0 + n < N) & (g < BLOCKS), other=0.0)
 
 
 @triton.jit
 def group_scales(scale, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Load the scales of a tile in 4 bits, for each of its words: [1, BK/8, BN] float32."""
-    j, n = k0 // 8 + tl.arange(0, BK // 8), tl.arange(0, BN)
-    at = (j // 4 * 16)[None, :, None] + (n0 // 8 % 2 * 8 + n)[None, None, :]
-    mask = (j < K // 8)[None, :, None] & (n0 + n < N)[None, None, :]
+    """Load the scales of a tile in 4 bits, for each of its groups: [G, BN, 1] float32."""
+    g, n = k0 // 32 + tl.arange(0, BK // 32)[:, None, None], tl.arange(0, BN)[None, :, None]
+    m = n0 // 8 % 2 * 8 + n
+    mask = (g < K // 32) & (n0 + n < N)
     base = scale + (n0 // 16).to(tl.int64) * (K // 32 * 16)
-    return tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(base + m // 16 * (K // 32 * 16) + g * 16 + m % 16, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def group_minimums(
     scale, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
 ):
-    """Load the scales and minimums of a tile in uint4, for each of its words: [1, BK/8, BN] float32 each."""
-    WORDS: tl.constexpr = KIND // 64  # of a record
+    """Load the scales and minimums of a tile in uint4, for each of its groups: [G, BN, 1] float32 each."""
+    GROUPS: tl.constexpr = KIND // 256  # of a record
     RECORD: tl.constexpr = record_bytes(KIND)
-    j, n = (k0 // 8 + tl.arange(0, BK // 8))[None, :, None], (n0 // 8 % 2 * 8 + tl.arange(0, BN))[None, None, :]
-    mask = (j < K // 8) & (n0 + n - n0 // 8 % 2 * 8 < N)
-    record = scale + (n0 // 16).to(tl.int64) * (K // 8 // WORDS * RECORD) + j // WORDS * RECORD
-    return record_scales(record, j % WORDS // 4, n, mask, KIND)
+    ROW: tl.constexpr = K // 32 // GROUPS * RECORD  # bytes of a block's records
+    g, n = k0 // 32 + tl.arange(0, BK // 32)[:, None, None], tl.arange(0, BN)[None, :, None]
+    m = n0 // 8 % 2 * 8 + n
+    mask = (g < K // 32) & (n0 + n < N)
+    record = scale + (n0 // 16).to(tl.int64) * ROW + m // 16 * ROW + g // GROUPS * RECORD
+    return record_scales(record, g % GROUPS, m % 16, mask, KIND)
 
 
 @triton.jit
@@ -244,52 +267,92 @@ def scale_numbers(N, K, KIND):
     return N * (K // 32) if KIND == 4 else N // 16 * ((K + 127) // 128) if KIND == 3 else N
 
 
-@triton.jit
-def unpack(words, KIND: tl.constexpr):
-    """Return the channels of 32-bit words, [..., P] float32: 4 bytes, or 8 half bytes (the low halves first).
+# 4 bytes as pairs of bfloat16, the first with the third and the second with the last. As the low bits of 0x43.., 7 bits
+# are the number 128 + bits; a byte's upper bit goes into the number to subtract, 128 or 256. The results are exact.
+BYTES = """{
+.reg .b32 next, low, less, minus;
+mov.b32 minus, 0xBF80BF80;
+shr.u32 next, $2, 8;
+lop3.b32 low, $2, 0x007F007F, 0x43004300, 0xEA;
+lop3.b32 less, $2, 0x00800080, 0x43804380, 0x6A;
+fma.rn.bf16x2 $0, less, minus, low;
+lop3.b32 low, next, 0x007F007F, 0x43004300, 0xEA;
+lop3.b32 less, next, 0x00800080, 0x43804380, 0x6A;
+fma.rn.bf16x2 $1, less, minus, low;
+}"""
+# The lower and the upper halves of 4 bytes, likewise.
+HALVES = """{
+.reg .b32 one, less, a, b, c, d;
+mov.b32 one, 0x3F803F80;
+mov.b32 less, %s;
+shr.u32 b, $4, 8;
+shr.u32 c, $4, 4;
+shr.u32 d, $4, 12;
+lop3.b32 a, $4, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
+fma.rn.bf16x2 $0, a, one, less;
+fma.rn.bf16x2 $1, b, one, less;
+fma.rn.bf16x2 $2, c, one, less;
+fma.rn.bf16x2 $3, d, one, less;
+}"""
 
-    Numbers of fp8 are 2^8 times too small, and 1.875 or -1.875 instead of NaN; others are at most 1.75.
+
+@triton.constexpr_function
+def is_in_pairs(KIND, dtype):
+    """Return whether `unpack` gives the second and third of four channels in exchange, as `in_pairs` does."""
+    return (KIND == 1 or KIND >= 4) and dtype == tl.bfloat16 and not INTERPRETED
+
+
+@triton.jit
+def in_pairs(x):
+    """Exchange the second and third of each four channels."""
+    fours = tl.reshape(x, x.shape[0], x.shape[1], x.shape[2] // 4, 2, 2)
+    return tl.reshape(tl.permute(fours, (0, 1, 2, 4, 3)), x.shape[0], x.shape[1], x.shape[2])
+
+
+@triton.constexpr_function
+def instructions(KIND):
+    """Return what turns 4 bytes into bfloat16."""
+    return BYTES if KIND < 4 else HALVES % ("0xC308C308" if KIND == 4 else "0xC300C300")  # -136 or -128
+
+
+@triton.jit
+def unpack(raw, KIND: tl.constexpr, dtype: tl.constexpr, HAS_FP8: tl.constexpr):
+    """Return the channels of words given as bytes [..., 4], [..., P]: 4 bytes, or 8 half bytes (the low halves first).
+
+    HAS_FP8: the GPU has instructions for fp8.
     """
-    # The axis of the first join counts most: [..., a, b, c] is channel 4a + 2b + c.
     if KIND >= 4:
-        ZERO: tl.constexpr = 8388616.0 if KIND == 4 else 8388608.0  # 2^23, and the level of a weight of zero
-        pairs = tl.join(
-            tl.join(
-                tl.join(_half(words, 0, ZERO), _half(words, 4, ZERO)),
-                tl.join(_half(words, 16, ZERO), _half(words, 20, ZERO)),
-            ),
-            tl.join(
-                tl.join(_half(words, 8, ZERO), _half(words, 12, ZERO)),
-                tl.join(_half(words, 24, ZERO), _half(words, 28, ZERO)),
-            ),
-        )
-        channels = tl.reshape(pairs, words.shape[0], words.shape[1], words.shape[2], 8)
+        if is_in_pairs(KIND, dtype):
+            lower, upper = tl.inline_asm_elementwise(
+                instructions(KIND), "=&r,=&r,=&r,=&r,r", [raw], (tl.bfloat16, tl.bfloat16), True, 4
+            )
+        else:
+            ZERO: tl.constexpr = 8388616.0 if KIND == 4 else 8388608.0  # 2^23, and the level of a weight of zero
+            lower, upper = number(raw & 15, ZERO).to(dtype), number(raw >> 4, ZERO).to(dtype)
+        halves = tl.permute(tl.join(lower, upper), (0, 1, 2, 4, 3))
+        channels = tl.reshape(halves, raw.shape[0], raw.shape[1], raw.shape[2], 8)
+    elif KIND == 1:
+        if is_in_pairs(KIND, dtype):
+            channels = tl.inline_asm_elementwise(instructions(KIND), "=&r,=&r,r", [raw], tl.bfloat16, True, 4)
+        else:
+            channels = number(raw, 8388736.0).to(dtype)
+    elif HAS_FP8:
+        channels = raw.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32).to(dtype)
     else:
-        pairs = tl.join(
-            tl.join(_byte(words, 0, KIND), _byte(words, 16, KIND)),
-            tl.join(_byte(words, 8, KIND), _byte(words, 24, KIND)),
-        )
-        channels = tl.reshape(pairs, words.shape[0], words.shape[1], words.shape[2], 4)
+        # Sign, 4 bits of exponent, 3 of fraction: as float16's bits, 2^8 times too small.
+        bits = raw.to(tl.uint16)
+        half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True)
+        channels = tl.where((bits & 127) == 127, float("nan"), half.to(tl.float32) * 256.0).to(dtype)
     return channels
 
 
 @triton.jit
-def _half(words, SHIFT: tl.constexpr, ZERO: tl.constexpr):
-    """Return 4 bits less ZERO as float32. As the low bits of 2^23, they need no slow integer conversion."""
-    return (((words >> SHIFT) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - ZERO
-
-
-@triton.jit
-def _byte(words, SHIFT: tl.constexpr, KIND: tl.constexpr):
-    """Return 8 bits as float32: an integer with zero point 128, or what `unpack` says of fp8."""
-    bits = (words >> SHIFT) & 255
-    if KIND == 1:
-        number = (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-    else:
-        # Sign, 4 bits of exponent, 3 of fraction: as float16's bits, 2^8 times too small.
-        half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
-        number = half.to(tl.float32)
-    return number
+def number(bits, ZERO: tl.constexpr):
+    """Return integers below 2^23, plus 2^23, less ZERO, as float32: they need no slow conversion."""
+    return (bits.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - ZERO
 
 
 @triton.jit
