@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qwen3fast.checks import checked_flag
+from qwen3fast.checks import checked_flag, checked_text
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams, takes_params
-from qwen3fast.scheduling.prompt import Overflow
+from qwen3fast.scheduling.prompt import Overflow, fitting_text
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message, Tokenizer
 
@@ -20,6 +20,7 @@ class ChatMethods:
     # Set or defined by the Generator.
     tokenizer: Tokenizer | None
     default_params: SamplingParams
+    max_seq_len: int
     generate: Callable[..., Any]
     stream: Callable[..., Iterator[StreamChunk]]
 
@@ -42,7 +43,7 @@ class ChatMethods:
         beginning of the reply, as in `Tokenizer.apply_chat_template`; the result holds only what was added.
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
-        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
+        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message, on_overflow)
         reply: GenerationResult = self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
         return reply
 
@@ -61,7 +62,7 @@ class ChatMethods:
 
         Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
         """
-        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message)
+        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message, on_overflow)
         return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def render(
@@ -71,11 +72,13 @@ class ChatMethods:
         enable_thinking: bool = True,
         tools: Tools | None = None,
         continue_final_message: bool | str = False,
+        on_overflow: Overflow = "error",
     ) -> list[int]:
         """Return the prompt of a conversation as token ids, for the methods that take a prompt.
 
         It warns once about greedy decoding with reasoning.
-        Raises: ValueError without a chat template or for malformed messages.
+        on_overflow: for a conversation that is surely longer than max_seq_len: "cut" leaves its end, still too long.
+        Raises: ValueError without a chat template, for malformed messages, or for "error".
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so it cannot chat")
@@ -90,12 +93,8 @@ class ChatMethods:
                 "(no --think)",
                 stacklevel=4,  # of `chat`, past `takes_params`
             )
-        ids = self.tokenizer.apply_chat_template(
-            messages,
-            tools,
-            enable_thinking=enable_thinking,
-            tokenize=True,
-            continue_final_message=continue_final_message,
+        text = self.tokenizer.apply_chat_template(
+            messages, tools, enable_thinking=enable_thinking, continue_final_message=continue_final_message
         )
-        assert isinstance(ids, list), "tokenize=True gives ids"
-        return ids
+        text = checked_text("the output of the chat template", text)
+        return self.tokenizer.encode(fitting_text(text, self.tokenizer, self.max_seq_len, on_overflow))

@@ -122,7 +122,7 @@ class Embedder(TextModel):
         if self._frame is not None:
             return self._frame.token_ids(text, self.max_length, name)
         assert self._end_id is not None, "there is a frame or an end"
-        return [*self.tokenizer.encode(text)[: self.max_length - 1], self._end_id]
+        return [*self.tokenizer.encode(text, self.max_length - 1), self._end_id]
 
 
 def with_instruction(instruction: str, query: str) -> str:

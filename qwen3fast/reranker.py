@@ -108,10 +108,10 @@ class Reranker(TextModel):
     def _token_ids(self, head: str, document: str) -> list[int]:
         """Return the ids of a prompt; prefix and suffix are encoded separately, as published."""
         room = self.max_length - len(self._prefix) - len(self._suffix)
-        body = self.tokenizer.encode(f"{head} {document}")
-        if len(body) > room and (needed := len(self.tokenizer.encode(head))) >= room:
+        body = self.tokenizer.encode(f"{head} {document}", room + 1)
+        if len(body) > room and (needed := len(self.tokenizer.encode(head, room))) >= room:
             raise ValueError(
-                f"query and instruction take {needed} tokens and the rest of the prompt {self.max_length - room}, "
+                f"query and instruction take {needed} tokens or more and the rest of the prompt {self.max_length - room}, "
                 f"which leaves no room for a document within max_length {self.max_length}; shorten them or raise it"
             )
         return [*self._prefix, *body[:room], *self._suffix]

@@ -71,7 +71,7 @@ class TextFrame:
         name: of the text, for errors. Raises: ValueError for a text without any tokens.
         """
         room = max(0, max_length - len(self._before) - len(self._after))
-        ids = [*self._before, *self._tokenizer.encode(text)[:room], *self._after]
+        ids = [*self._before, *self._tokenizer.encode(text, room), *self._after]
         if not ids:
             raise ValueError(f"{name} has no tokens, and this tokenizer adds none")
         return ids

@@ -71,7 +71,7 @@ class RequestBuilder:
             if (largest := max(ids, default=0)) >= self._vocab_size:
                 raise ValueError(f"{name}: token id {largest} is outside the vocabulary (0 to {self._vocab_size - 1})")
         adapter = self._adapters.find(p.adapter) if p.adapter is not None else None
-        whole_ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
+        whole_ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size, self._max_seq_len, on_overflow)
         default = self._default_params.max_tokens  # a default never refuses a prompt: it takes what room there is
         ids, max_tokens = fit_context(
             whole_ids, asked.max_tokens, self._max_seq_len, on_overflow, default, self._longest_context
@@ -127,8 +127,8 @@ class RequestBuilder:
         Raises: as `build`.
         """
         self._worker.check_caller()
-        ids = prompt_to_ids(prompt, self._tokenizer, self._vocab_size)
-        continuation_ids = prompt_to_ids(continuation, self._tokenizer, self._vocab_size, "continuation")
+        about = (self._tokenizer, self._vocab_size, self._max_seq_len, "error")
+        ids, continuation_ids = prompt_to_ids(prompt, *about), prompt_to_ids(continuation, *about, "continuation")
         needed = len(ids) + len(continuation_ids) + 1
         if needed > self._max_seq_len:
             can_grow = needed <= self._longest_context

@@ -60,18 +60,43 @@ def build_each(build: Callable[..., Built], prompts: Iterable[tuple[Any, ...]], 
     return built
 
 
-def prompt_to_ids(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int, name: str = "prompt") -> list[int]:
+def fitting_text(
+    text: str, tokenizer: Tokenizer, max_seq_len: int, on_overflow: Overflow = "error", name: str = "prompt"
+) -> str:
+    """Return a text that is not surely too long to fit: encoding a long one takes memory and holds up all threads.
+
+    on_overflow: "cut" leaves an end that is surely longer than what fits.
+    Raises: ValueError for "error".
+    """
+    most = tokenizer.max_chars(text, max_seq_len)
+    if len(text) <= most:
+        return text
+    if on_overflow == "cut":
+        return text[-2 * most :]
+    raise ValueError(f"{name} ({len(text):,} characters, so more than {max_seq_len} tokens) exceeds max_seq_len "
+                     f"{max_seq_len}; shorten it, or pass on_overflow='cut' (--on-overflow cut)")  # fmt: skip
+
+
+def prompt_to_ids(
+    prompt: Any,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    max_seq_len: int | None = None,
+    on_overflow: Overflow = "error",
+    name: str = "prompt",
+) -> list[int]:
     """Return the token ids of one prompt: a text, or an iterable of ids, read once.
 
-    name: in messages, what it is.
+    max_seq_len, on_overflow: as in `fitting_text`. name: in messages, what it is.
     Raises: ValueError for anything else, an empty prompt, an id outside the vocabulary, a text with a lone surrogate,
-    or a text without a tokenizer.
+    a text that is surely too long, or a text without a tokenizer.
     """
     prompt = _read_prompt(prompt, name)
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(f"this model has no tokenizer; pass the {name} as a list of token ids")
         text = checked_text(name, prompt)
+        text = text if max_seq_len is None else fitting_text(text, tokenizer, max_seq_len, on_overflow, name)
         ids = tokenizer.encode(text) if name == "continuation" else tokenizer.encode_prompt(text)
     else:
         ids = [_token_id(item) for item in prompt]

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from qwen3fast.server.errors import ApiError
 
 T = TypeVar("T")
+MAX_OBJECTS = 2**14  # of a list; each costs time that other clients wait
 IGNORED_HEADER = "X-Ignored-Fields"
 
 
@@ -100,7 +101,10 @@ class Fields:
 
     def objects(self, key: str) -> list[Fields]:
         """Return the fields of each object of a list, which is empty if it is absent. Raises: ApiError (400)."""
-        return [self._child(value, f"{self.name(key)}[{i}]") for i, value in enumerate(self.items(key) or [])]
+        values = self.items(key) or []
+        if len(values) > MAX_OBJECTS:
+            raise self.error(key, f"at most {MAX_OBJECTS} items, got {len(values)}", "invalid_value")
+        return [self._child(value, f"{self.name(key)}[{i}]") for i, value in enumerate(values)]
 
     def take(self, *keys: str) -> None:
         """Accept fields that do not change a reply."""

@@ -7,6 +7,7 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from qwen3fast.scheduling.prompt import fitting_text
 from qwen3fast.server.chat_fields import read_messages, read_tools
 from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, tokenizer_of
@@ -24,15 +25,13 @@ async def tokenize(request: Request) -> Response:
     text = fields.text("prompt")
     is_whole = fields.flag("add_special_tokens", text is not None)
     encode = tokenizer.encode_prompt if is_whole else tokenizer.encode
-    if text is not None:
-        ids = await asyncio.to_thread(encode, text)
-    else:
+    if text is None:
         if fields.raw("messages") is None:
             raise fields.error("prompt", "one of prompt and messages is required", "missing_required_parameter")
         messages, (tools, _) = read_messages(fields), read_tools(fields)
         add = fields.flag("add_generation_prompt", True)
-        rendered = await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add)
-        ids = await asyncio.to_thread(encode, str(rendered))
+        text = str(await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add))
+    ids = await asyncio.to_thread(encode, fitting_text(text, tokenizer, served.max_length))
     with_texts = fields.flag("return_token_strs")
     headers = refuse_or_name(fields, state_of(request).options.strict)
     body = {"tokens": ids, "count": len(ids), "max_model_len": served.max_length}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,28 @@ class Tokenizer:
         """The number of known ids, added tokens included. The model's vocabulary may be padded beyond it."""
         return self.base.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
+    @cached_property
+    def _longest_token(self) -> int:
+        """The characters of the longest token; of a byte-level token, each character is a byte."""
+        return max(map(len, self.base.get_vocab(with_added_tokens=True)), default=1)
+
+    def max_chars(self, text: str, num_tokens: int) -> int:
+        """Return how long a text like this one can be at most, in characters, if it has no more than so many tokens."""
+        if len(text) <= num_tokens:
+            return num_tokens
+        # The normalizer (NFC) makes one character of up to four; of ASCII it changes none.
+        return num_tokens * self._longest_token * (1 if text.isascii() else 4)
+
+    def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
         """Return the token ids of a text. Special tokens written in it (such as <|im_end|>) become their ids.
 
+        max_tokens: return the first so many; a longer text is cut before it is encoded, far enough behind them.
         Raises: ValueError for anything but text, and for text that is not valid Unicode (a lone surrogate).
         """
         try:
-            return self.base.encode(text, add_special_tokens=False).ids
+            if max_tokens is not None:
+                text = text[: 2 * self.max_chars(text, max_tokens)]
+            return self.base.encode(text, add_special_tokens=False).ids[:max_tokens]
         except (TypeError, UnicodeError):
             checked_text("text", text)
             raise

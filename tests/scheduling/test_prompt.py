@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3fast.scheduling.prompt import fit_context, min_reply, prompt_to_ids, read_prompts
+from qwen3fast.scheduling.prompt import fit_context, fitting_text, min_reply, prompt_to_ids, read_prompts
 
 IDS = [3, 1, 2]
 FORMS = {
@@ -107,6 +107,22 @@ def test_a_lone_surrogate_is_refused_with_its_place(tokenizer):
     with pytest.raises(ValueError, match=r"prompt holds the lone surrogate '\\ud83d' at character 3"):
         prompt_to_ids("hi \ud83d", tokenizer, tokenizer.vocab_size)
     assert prompt_to_ids("hi \U0001f600", tokenizer, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("text", ["a" * 10**6, "What is 17 + 25? " * 10**5, "e\u0301" * 10**6])
+def test_a_text_that_cannot_fit_is_refused_or_cut_before_it_is_encoded(tokenizer, text):
+    with pytest.raises(ValueError, match=r"prompt \([\d,]+ characters, .* exceeds max_seq_len 64; shorten"):
+        prompt_to_ids(text, tokenizer, tokenizer.vocab_size, 64)
+    cut = fitting_text(text, tokenizer, 64, "cut")
+    assert len(cut) < 20_000 and tokenizer.encode(cut)[-64:] == tokenizer.encode(text[-50_000:])[-64:]
+    assert tokenizer.encode(text, 64) == tokenizer.encode(text[:50_000])[:64]
+
+
+@pytest.mark.parametrize("text", ["", "a", " " * 16, "e\u0301" * 8, "1\U0001f600", "<|im_start|>"])
+def test_no_text_that_fits_is_refused(tokenizer, text):
+    for repeats in (1, 7, 30):
+        num_tokens = len(tokenizer.encode(text * repeats))
+        assert fitting_text(text * repeats, tokenizer, num_tokens) == text * repeats
 
 
 # Cutting

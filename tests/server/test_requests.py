@@ -21,6 +21,7 @@ from qwen3fast.server.app import create_app
 from qwen3fast.server.in_process import call, post
 from qwen3fast.server.loading import _base_of_adapter
 from qwen3fast.server.options import ServerOptions
+from qwen3fast.text.tokenizer import Tokenizer
 
 httpx = pytest.importorskip("httpx")
 
@@ -111,6 +112,29 @@ def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
 def test_values_out_of_range_are_refused_by_the_name_of_their_field(client, path, more, param):
     reply = client.post(path, json=more)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+LONG = "a" * 10**6
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": LONG}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": LONG}], "max_tokens": 1}),
+        ("/v1/responses", {"input": "a", "tools": [{"type": "function", **TOOL, "description": LONG}]}),
+        ("/v1/chat/completions", {"messages": CHAT["messages"] * 20_000}),
+        ("/tokenize", {"prompt": LONG}),
+        ("/tokenize", {"messages": [{"role": "user", "content": LONG}]}),
+    ],
+)
+def test_a_request_that_cannot_fit_is_refused_before_it_is_encoded(client, monkeypatch, path, body):
+    encoded, encode = [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *more: encoded.append(text) or encode(self, text, *more))
+    reply = client.post(path, json=body)
+    assert reply.status_code == 400 and re.search("exceeds max_seq_len|at most 16384 items", reply.text)
+    assert sum(map(len, encoded)) < 1000
 
 
 @pytest.mark.parametrize(
