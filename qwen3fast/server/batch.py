@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,8 +25,7 @@ from starlette.applications import Starlette
 
 from qwen3fast.files import file_to_read, file_to_write
 from qwen3fast.server.app import create_app
-from qwen3fast.server.in_process import call
-from qwen3fast.server.jobs import BatchJob, read_jobs
+from qwen3fast.server.jobs import BatchJob, answered, is_answer, read_jobs
 from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.ray_batch import add_ray_arguments, answers
@@ -34,11 +35,16 @@ BEGINNINGS = (b'{"key": "', b'{"id": "batch_req')  # of lines of the output, see
 
 
 class Output:
-    """The output file: lines that are there already, and new ones, each on the disk before the next begins."""
+    """The output file: lines that are there already, and new ones, each on the disk before the next begins.
+
+    done: the ids of requests with a reply. ignored: the names of ignored fields.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Open for appending; half a line at the end, of a run that was killed, is cut off."""
+        """Open for appending; errors are taken out, and half a line at the end, of a run that was killed."""
         self.done: set[str] = set()
+        self.ignored: set[str] = set()
+        kept: list[tuple[int, int]] = []  # begin and end of replies
         with file_to_write(path).open("a+b") as file:
             file.seek(0)
             length = 0
@@ -47,17 +53,33 @@ class Output:
                     break
                 try:
                     row = json.loads(raw)
-                    self.done.add(row["custom_id"] if "response" in row else row["key"])
+                    key = row["custom_id"] if "response" in row else row["key"]  # only this command's lines have one
+                    if is_answer(row):
+                        self.done.add(row.get("id", key))
+                        kept.append((length, length + len(raw)))
                 except (ValueError, KeyError, TypeError) as err:
                     raise ValueError(
                         f"{path} has lines that are not replies of this command; choose another output file"
                     ) from err
                 length += len(raw)
             file.truncate(length)
+            if sum(end - begin for begin, end in kept) < length:
+                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as new:
+                    for begin, end in kept:
+                        file.seek(begin)
+                        new.write(file.read(end - begin))
+                shutil.copymode(path, new.name)
+                Path(new.name).replace(path)
         self._file = path.open("ab")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a line. Raises: OSError naming the file; the next run cuts off what was written of the line."""
+        """Append a line, and warn of fields that its request had in vain.
+
+        Raises: OSError naming the file; the next run cuts off what was written of the line.
+        """
+        for name in set(row.get("ignored_fields", "").split(", ")) - self.ignored - {""}:
+            self.ignored.add(name)
+            tqdm.write(f"warning: the field {name} is ignored: it is unknown, or not supported", file=sys.stderr)
         with self._named():
             self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
             self._file.flush()
@@ -83,9 +105,9 @@ async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once
     async def work() -> None:
         nonlocal failed
         for job in waiting:
-            status, body = await call(app, job.url, job.body)
-            output.write(job.answer(status, body))
-            failed += status != 200
+            row = await answered(app, job)
+            output.write(row)
+            failed += not is_answer(row)
             bar.update()
 
     tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
@@ -125,7 +147,7 @@ def _answer_file(args: argparse.Namespace, output: Output) -> int:
         else:
             bad += 1
             print(f"{args.input}:{found[0]}: {found[1]}", file=sys.stderr)
-    rest = [job for job in jobs if job.key not in output.done]
+    rest = [job for job in jobs if job.id not in output.done]
     if len(rest) < len(jobs):
         print(f"{len(jobs) - len(rest)} of {len(jobs)} requests were answered before", file=sys.stderr)
     failed = 0
@@ -159,6 +181,6 @@ def _run_on_ray(args: argparse.Namespace, jobs: list[BatchJob], output: Output, 
     failed = 0
     for row in answers(jobs, args, OPTIONS):
         output.write(row)
-        failed += row.get("response", {"status_code": 400 if "error" in row else 200})["status_code"] != 200
+        failed += not is_answer(row)
         bar.update()
     return failed

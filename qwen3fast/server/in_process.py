@@ -18,6 +18,11 @@ async def call(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, di
 
 async def post(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
     """Post a JSON object to a path. Returns: status and body, for a stream with all events."""
+    return (await exchange(app, path, body))[::2]
+
+
+async def exchange(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+    """Post a JSON object to a path. Returns: status, headers with names in lower case, and body."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -42,4 +47,5 @@ async def post(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, by
         outgoing.append(message)
 
     await app(scope, receive, send)
-    return outgoing[0]["status"], b"".join(message.get("body", b"") for message in outgoing)
+    headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in outgoing[0]["headers"]}
+    return outgoing[0]["status"], headers, b"".join(message.get("body", b"") for message in outgoing)

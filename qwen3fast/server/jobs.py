@@ -6,12 +6,18 @@ Source: OpenAI API reference, "Batch".
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+
+from qwen3fast.server.fields import IGNORED_HEADER
+from qwen3fast.server.in_process import exchange
 from qwen3fast.server.replies import new_id
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -21,25 +27,46 @@ URLS = (CHAT, COMPLETIONS, "/v1/embeddings", "/v1/responses")
 
 @dataclass(frozen=True)
 class BatchJob:
-    """A request of the input. key: identifies it in the output. line: counted from 1."""
+    """A request of the input.
+
+    line: counted from 1. id: a hash of the request, which says in the output what was answered. custom_id: may be None
+    for a plain line. is_openai: in OpenAI's form.
+    """
 
     line: int
-    key: str
+    id: str
+    custom_id: str | None
     url: str
     body: dict[str, Any]
     is_openai: bool
 
-    def answer(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the output line for a response."""
+    def answer(self, status: int, body: dict[str, Any], ignored: str | None = None) -> dict[str, Any]:
+        """Return the output line for a response. ignored: the names of ignored fields."""
+        more = {"ignored_fields": ignored} if ignored else {}
         if self.is_openai:
             response = {"status_code": status, "request_id": new_id("req"), "body": body}
-            return {"id": new_id("batch_req"), "custom_id": self.key, "response": response, "error": None}
-        given: dict[str, Any] = {name: self.body[name] for name in ("prompt", "messages") if name in self.body}
+            return {"id": self.id, "custom_id": self.custom_id, "response": response, "error": None, **more}
+        named = {"custom_id": self.custom_id} if self.custom_id is not None else {}
+        given = {name: self.body[name] for name in ("prompt", "messages") if name in self.body}
+        row: dict[str, Any] = {"key": str(self.line), "id": self.id, **named, **given, **more}
         if status != 200:
-            return {"key": self.key, **given, "error": body["error"]}
-        choice = body["choices"][0]
-        reply = {"text": choice["text"]} if "text" in choice else {"message": choice["message"]}
-        return {"key": self.key, **given, **reply, "finish_reason": choice["finish_reason"], "usage": body["usage"]}
+            return {**row, "error": body["error"]}
+        choices = body["choices"]
+        # The fields of a single reply stand in the line itself.
+        reply = {"choices": choices} if len(choices) > 1 else {**choices[0], "index": None}
+        reply |= {name: body[name] for name in ("prompt_logprobs", "usage") if name in body}
+        return row | {name: value for name, value in reply.items() if value is not None}
+
+
+def is_answer(row: dict[str, Any]) -> bool:
+    """Return whether an output line holds a reply, not an error. Raises: KeyError, TypeError for other lines."""
+    return row["response"]["status_code"] == 200 if "response" in row else "error" not in row
+
+
+async def answered(app: Starlette, job: BatchJob) -> dict[str, Any]:
+    """Return the output line for a job, answered by the application of a server."""
+    status, headers, content = await exchange(app, job.url, job.body)
+    return job.answer(status, json.loads(content), headers.get(IGNORED_HEADER.lower()))
 
 
 def read_jobs(path: Path) -> Iterator[BatchJob | tuple[int, str]]:
@@ -47,14 +74,17 @@ def read_jobs(path: Path) -> Iterator[BatchJob | tuple[int, str]]:
 
     Raises: FileNotFoundError; ValueError for a damaged CSV file; ImportError for Parquet without pyarrow.
     """
-    keys: set[str] = set()
+    custom_ids: set[str] = set()
+    times: Counter[str] = Counter()
     for line, raw in _rows(path):
         try:
             job = _job(line, raw() if callable(raw) else raw)
-            if job.key in keys:
-                raise ValueError(f"custom_id {job.key!r} appears twice")
-            keys.add(job.key)
-            yield job
+            if job.custom_id in custom_ids:
+                raise ValueError(f"custom_id {job.custom_id!r} appears twice")
+            if job.custom_id is not None:
+                custom_ids.add(job.custom_id)
+            times[job.id] += 1
+            yield replace(job, id=f"{job.id}-{times[job.id]}") if times[job.id] > 1 else job
         except (ValueError, RecursionError) as err:
             yield line, str(err) or "nested too deeply"
 
@@ -98,15 +128,19 @@ def _csv_value(name: str, text: str) -> Any:
 def _job(line: int, row: Any) -> BatchJob:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    if "custom_id" in row and "body" in row:
-        key, url, body = row["custom_id"], row.get("url"), row["body"]
-        if not isinstance(key, str) or not key:
+    digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:32]
+    custom_id = row.get("custom_id")
+    if custom_id is not None and "body" in row:
+        url, body = row.get("url"), row["body"]
+        if not isinstance(custom_id, str) or not custom_id:
             raise ValueError("custom_id must be a non-empty string")
         if row.get("method", "POST") != "POST" or url not in URLS:
             raise ValueError(f"method and url must be POST and one of {', '.join(URLS)}, got {url!r:.100}")
         if not isinstance(body, dict):
             raise ValueError("body must be an object")
-        return BatchJob(line, key, url, {**body, "stream": False}, True)
+        return BatchJob(line, f"batch_req-{digest}", custom_id, url, {**body, "stream": False}, True)
     if ("prompt" in row) == ("messages" in row):
         raise ValueError("needs either prompt or messages (or custom_id, method, url and body)")
-    return BatchJob(line, str(line), COMPLETIONS if "prompt" in row else CHAT, {**row, "stream": False}, False)
+    body = {name: value for name, value in row.items() if name != "custom_id"} | {"stream": False}
+    named = None if custom_id is None else str(custom_id)
+    return BatchJob(line, digest, named, COMPLETIONS if "prompt" in row else CHAT, body, False)

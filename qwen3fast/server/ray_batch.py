@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen3fast.server.app import create_app
-from qwen3fast.server.in_process import call
-from qwen3fast.server.jobs import BatchJob
+from qwen3fast.server.jobs import BatchJob, answered
 from qwen3fast.server.loading import load_models
 from qwen3fast.server.options import ServerOptions
 
@@ -32,7 +31,7 @@ class Worker:
 
     async def _answer(self, jobs: list[BatchJob]) -> list[str]:
         async def one(job: BatchJob) -> str:
-            return json.dumps(job.answer(*await call(self._app, job.url, job.body)))
+            return json.dumps(await answered(self._app, job))
 
         return list(await asyncio.gather(*(one(job) for job in jobs)))
 

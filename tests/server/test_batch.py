@@ -131,6 +131,53 @@ def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch)
         list(read_jobs(tmp_path / "in.parquet"))
 
 
+def test_a_plain_line_gets_all_that_it_asked_for(tmp_path, capsys):
+    greedy = {"temperature": 0, "max_tokens": 3}
+    rows = [
+        {"prompt": "a", "n": 3, "logprobs": 1, **greedy, "custom_id": "mine"},
+        {"prompt": ["a", "b"], **greedy},
+        {"prompt": "a", "logprobs": 1, "prompt_logprobs": 1, **greedy},
+        {"messages": [{"role": "user", "content": "a"}], "prompt_logprobs": 0, "logprobs": True, **greedy},
+        {"prompt": "a", "max_token": 4, "temprature": 0},
+        {"prompt": "a", "max_token": 4},
+    ]
+    source, target = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert main(["batch", str(source), "-o", str(target), *OPTIONS]) == 0
+    found = {row["key"]: row for row in read_lines(target)}
+    assert found["1"]["custom_id"] == "mine" and len(found["1"]["choices"]) == 3
+    assert all(len(choice["logprobs"]["tokens"]) == 3 for choice in found["1"]["choices"])
+    assert [choice["index"] for choice in found["2"]["choices"]] == [0, 1]
+    assert found["3"]["text"] and found["3"]["logprobs"]["tokens"] and found["3"]["prompt_logprobs"]
+    assert found["4"]["logprobs"]["content"] and found["4"]["prompt_logprobs"][0] is None
+    assert found["5"]["ignored_fields"] == "max_token, temprature"
+    told = capsys.readouterr().err
+    assert all(told.count(f"warning: the field {name} is ignored") == 1 for name in ("max_token", "temprature"))
+
+
+def test_lines_that_failed_or_changed_are_answered_by_the_next_run(tmp_path, capsys):
+    body = {"prompt": "b", "max_tokens": 1}
+    rows = [
+        {"prompt": "a", "max_tokens": 1},
+        {"prompt": "a", "max_tokens": 1},
+        {"prompt": "b", "temperature": -1},
+        {"custom_id": "mine", "method": "POST", "url": "/v1/completions", "body": {**body, "temperature": -1}},
+        {"custom_id": "other", "method": "POST", "url": "/v1/completions", "body": body},
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    command = ["batch", str(write_lines(source, rows)), "-o", str(target), *OPTIONS]
+    for _ in range(2):
+        assert main(command) == 1 and len(read_lines(target)) == 5
+        assert "2 failed" in capsys.readouterr().err
+    rows[0]["prompt"], rows[2], rows[3]["body"] = "changed", {"prompt": "b"}, body
+    write_lines(source, [rows[2], rows[1], *rows[3:], rows[0]])
+    assert main(command) == 0
+    assert "2 of 5 requests were answered before" in capsys.readouterr().err
+    found = read_lines(target)
+    assert len(found) == 6  # with the first of the two lines that were equal
+    assert [row["prompt"] for row in found if "prompt" in row].count("changed") == 1
+    assert [row["response"]["status_code"] for row in found if "response" in row] == [200, 200]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     path = tmp_path / "out.jsonl"
@@ -167,7 +214,7 @@ def test_a_full_disk_is_told_with_the_file_and_half_a_line_is_written_again(tmp_
 
 @pytest.mark.parametrize(
     "notes",
-    ["my notes\nmore\n", "my notes", '["my notes"]\n{"more"', '{"prompt": "a"}\n', '{"prompt": "a"}', '{"more"'],
+    ["my notes\nmore\n", "my notes", '["my notes"]\n{"more"', '{"error": "a"}\n', '{"prompt": "a"}', '{"more"'],
 )
 def test_a_file_of_something_else_is_not_overwritten(tmp_path, notes):
     path = tmp_path / "notes.txt"
