@@ -55,8 +55,7 @@ class Embedder(TextModel):
         super().__init__(model, tokenizer, max_length)
         self.settings = settings
         self._settings = settings or SentenceSettings()
-        self._frame = TextFrame(tokenizer) if settings is not None else None
-        self._end_id = token_id(tokenizer, END_OF_TEXT) if settings is None else None
+        self._frame = TextFrame(tokenizer, token_id(tokenizer, END_OF_TEXT) if settings is None else None)
 
     @classmethod
     def _read_own(cls, folder: Path, check_weights: bool) -> dict[str, Any]:
@@ -91,13 +90,42 @@ class Embedder(TextModel):
         that the checkpoint does not have.
         """
         texts = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
+        rows = self.token_ids(texts, instruction=instruction, prompt_name=prompt_name)
+        return self.encode_ids(rows, dimensions, batch_size=batch_size, normalize=normalize, progress=progress)
+
+    def token_ids(
+        self,
+        texts: list[str] | list[list[int]],
+        *,
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        max_length: int | None = None,
+    ) -> list[list[int]]:
+        """Return the token ids that `encode` computes the vector of each text from.
+
+        texts: or their own ids, without instruction or prompt; only special tokens that they lack are added.
+        max_length: of the ids; None is the Embedder's.
+        Raises: ValueError as `encode`.
+        """
+        prompt, most = self._prompt(prompt_name, instruction), max_length or self.max_length
+        if instruction is not None:
+            prompt = with_instruction(checked_text("instruction", instruction), "")
+        given = [prompt + text if isinstance(text, str) else text for text in texts]
+        return [self._frame.token_ids(text, most, f"texts[{i}]") for i, text in enumerate(given)]
+
+    def encode_ids(
+        self,
+        rows: list[list[int]],
+        dimensions: int | None = None,
+        *,
+        batch_size: int = 8,
+        normalize: bool | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Return one vector for each row of `token_ids`; the other arguments and errors are those of `encode`."""
         normalize = self._settings.normalize if normalize is None else checked_flag("normalize", normalize)
         size = self.config.hidden_size
         dimensions = size if dimensions is None else checked_integer("dimensions", dimensions, 1, size)
-        prompt = self._prompt(prompt_name, instruction)
-        if instruction is not None:
-            texts = [with_instruction(checked_text("instruction", instruction), text) for text in texts]
-        rows = [self._token_ids(prompt + text, f"texts[{i}]") for i, text in enumerate(texts)]
         return on_live_threads(self._encode, rows, batch_size, progress, dimensions, normalize)
 
     def _encode(
@@ -117,12 +145,6 @@ class Embedder(TextModel):
         if name is not None and name not in settings.prompts:
             raise ValueError(f"this checkpoint has no prompt {name!r:.200}; it has {sorted(settings.prompts)}")
         return "" if name is None else settings.prompts[name]
-
-    def _token_ids(self, text: str, name: str = "the text") -> list[int]:
-        if self._frame is not None:
-            return self._frame.token_ids(text, self.max_length, name)
-        assert self._end_id is not None, "there is a frame or an end"
-        return [*self.tokenizer.encode(text, self.max_length - 1), self._end_id]
 
 
 def with_instruction(instruction: str, query: str) -> str:

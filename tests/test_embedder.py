@@ -80,7 +80,7 @@ def test_encode_of_nothing_is_empty(embedder):
 
 def test_encode_cuts_long_texts_and_keeps_the_end_token(tokenizer):
     embedder = Embedder(randomized(small_config(vocab_size=1024)), tokenizer, max_length=6)
-    ids = embedder._token_ids("a b c d e f g h i j")
+    ids = embedder.token_ids(["a b c d e f g h i j"])[0]
     assert ids == [*tokenizer.encode("a b c d e f g h i j")[:5], tokenizer.base.token_to_id("<|endoftext|>")]
 
 

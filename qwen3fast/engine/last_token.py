@@ -51,27 +51,36 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 class TextFrame:
-    """The special tokens that a tokenizer adds around a text, as transformers' tokenizers do.
+    """The special tokens that a tokenizer adds around a text, as transformers' tokenizers do; or only end_id behind it.
 
     Source: the post-processor in tokenizer.json.
     Raises: ValueError for a tokenizer that does more than add tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, end_id: int | None = None) -> None:
+        self._tokenizer, self._before = tokenizer, list[int]()
+        if end_id is not None:
+            self._after = [end_id]
+            return
         plain, framed = tokenizer.encode("a"), tokenizer.base.encode("a").ids
         at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), None)
         if at is None:
             raise ValueError("this tokenizer's post-processor changes a text, rather than add tokens around it")
         self._before, self._after = framed[:at], framed[at + len(plain) :]
 
-    def token_ids(self, text: str, max_length: int, name: str) -> list[int]:
+    def token_ids(self, text: str | list[int], max_length: int, name: str) -> list[int]:
         """Return the ids of a text, cut at its end where it is too long, with the special tokens around it.
 
-        name: of the text, for errors. Raises: ValueError for a text without any tokens.
+        text: or its ids, with or without these tokens. name: of the text, for errors.
+        Raises: ValueError for a text without any tokens.
         """
-        room = max(0, max_length - len(self._before) - len(self._after))
-        ids = [*self._before, *self._tokenizer.encode(text, room), *self._after]
+        before, after = self._before, self._after
+        room = max(0, max_length - len(before) - len(after))
+        inner = self._tokenizer.encode(text, room) if isinstance(text, str) else text
+        end = len(inner) - len(after)
+        if inner is text and inner[: len(before)] == before and inner[end:] == after:
+            inner = inner[len(before) : end]
+        ids = [*before, *inner[:room], *after]
         if not ids:
             raise ValueError(f"{name} has no tokens, and this tokenizer adds none")
         return ids

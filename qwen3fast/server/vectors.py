@@ -34,22 +34,32 @@ async def embeddings(request: Request) -> Response:
     served = state.models.choose(fields, "embed")
     embedder = served.model
     assert isinstance(embedder, Embedder), "chosen for the kind 'embed'"
-    tokenizer = embedder.tokenizer
-    texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in read_prompts(fields, "input")]
+    texts: list[Any] = read_prompts(fields, "input")
+    ids = [i for text in texts if not isinstance(text, str) for i in text]
+    if outside := [i for i in ids if not 0 <= i < embedder.config.vocab_size]:
+        raise fields.error("input", f"token id {outside[0]} is outside the vocabulary", "invalid_value")
     dimensions = fields.integer("dimensions", 1)
     form = fields.text("encoding_format", "float", choices=("float", "base64"))
     instruction = fields.text("instruction")
+    if instruction is not None and ids:
+        raise fields.error("instruction", "needs texts; put its tokens before the token ids", "invalid_value")
+    limit, most = fields.integer("truncate_prompt_tokens", -1, embedder.max_length), embedder.max_length
     fields.take("user")
     headers = refuse_or_name(fields, state.options.strict)
     state.note(request, served, texts)
-    encode = partial(embedder.encode, instruction=instruction, dimensions=dimensions)
-    vectors = await _computed(request, served, encode, texts)
+    longest = most + 1 if limit is None else most if limit < 1 else limit
+    encode = partial(embedder.token_ids, texts, instruction=instruction, max_length=longest)
+    rows = await asyncio.to_thread(encode)
+    if too_long := [i for i, row in enumerate(rows) if len(row) > most]:
+        text = f"text {too_long[0]} has more tokens than the {most} that the model reads; truncate_prompt_tokens cuts it"
+        raise fields.error("input", text, "context_length_exceeded")
+    vectors = await _computed(request, served, partial(embedder.encode_ids, dimensions=dimensions), rows)
     data = []
     for i, vector_E in enumerate(vectors):
         vector_E = vector_E.cpu()
         values = base64.b64encode(vector_E.numpy().tobytes()).decode() if form == "base64" else vector_E.tolist()
         data.append({"object": "embedding", "index": i, "embedding": values})
-    body = {"object": "list", "data": data, "model": served.name, "usage": _usage(embedder, texts)}
+    body = {"object": "list", "data": data, "model": served.name, "usage": _usage(rows)}
     return JSONResponse(body, headers=headers)
 
 
@@ -108,11 +118,13 @@ async def _scored(
     headers = refuse_or_name(fields, state.options.strict)
     state.note(request, served, [query, documents])
     scores = await _computed(request, served, partial(reranker.score, query, instruction=instruction), documents)
-    return scores, _usage(reranker, [query, *documents]), headers
+    tokenizer, most = reranker.tokenizer, reranker.max_length
+    read = await asyncio.to_thread(lambda: [tokenizer.encode(text, most) for text in (query, *documents)])
+    return scores, _usage(read), headers
 
 
 async def _computed(
-    request: Request, served: ServedModel, compute: Callable[[list[str]], Iterable[T]], texts: list[str]
+    request: Request, served: ServedModel, compute: Callable[[list[Any]], Iterable[T]], texts: list[Any]
 ) -> list[T]:
     """Return the model's result for each text, computed in a thread, until the client leaves or time runs out."""
 
@@ -137,8 +149,8 @@ async def _to_its_end(thread: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def _usage(model: Embedder | Reranker, texts: list[str]) -> dict[str, int]:
-    num_tokens = sum(len(model.tokenizer.encode(text)) for text in texts)
+def _usage(rows: list[list[int]]) -> dict[str, int]:
+    num_tokens = sum(map(len, rows))
     return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
 
 

@@ -188,9 +188,31 @@ def test_documents_are_ranked_in_each_form(client, models):  # noqa: F811
     assert [r["score"] for r in scored["data"]] == pytest.approx(scores)
 
 
+def test_embeddings_take_token_ids_as_they_are_and_refuse_what_is_too_long(client, models):  # noqa: F811
+    def ask(given, **more):
+        reply = client.post("/v1/embeddings", json={"input": given, **more})
+        body = reply.json()
+        if reply.status_code != 200:
+            return reply.status_code, body["error"]["param"], body["error"]["code"]
+        return body["data"][0]["embedding"], body["usage"]["prompt_tokens"]
+
+    embedder = models["vectors"]
+    ids = [*embedder.tokenizer.encode("a"), *embedder.tokenizer.encode("b")]  # encoding "ab" may give others
+    end = embedder.token_ids([""])[0]
+    by_ids = embedder.encode_ids([[*ids, *end]])[0].tolist()
+    assert ask(ids) == ask([*ids, *end]) == (pytest.approx(by_ids), len(ids) + 1)
+    assert ask([99999]) == (400, "input", "invalid_value")
+    assert ask(ids, instruction="a") == (400, "instruction", "invalid_value")
+    long = "What is 17 + 25? " * 100
+    assert ask(long) == ask(["a", long]) == ask(ids * 100) == (400, "input", "context_length_exceeded")
+    assert ask(long, truncate_prompt_tokens=-1) == (pytest.approx(embedder.encode(long)[0].tolist()), 128)
+    assert ask(long, truncate_prompt_tokens=5)[1] == ask(ids * 9, truncate_prompt_tokens=5)[1] == 5
+    assert ask(long, truncate_prompt_tokens=129)[:2] == (400, "truncate_prompt_tokens")
+
+
 def test_an_embedder_works_on_one_request_even_when_clients_leave(client, models, monkeypatch):  # noqa: F811
     at_once, most = [0], [0]
-    encode = Embedder.encode
+    encode = Embedder.encode_ids
 
     def slow(self, texts, **options):
         at_once[0] += 1
@@ -199,7 +221,7 @@ def test_an_embedder_works_on_one_request_even_when_clients_leave(client, models
         at_once[0] -= 1
         return encode(self, texts, **options)
 
-    monkeypatch.setattr(Embedder, "encode", slow)
+    monkeypatch.setattr(Embedder, "encode_ids", slow)
 
     def ask(timeout: float) -> None:
         with suppress(httpx.TimeoutException):
