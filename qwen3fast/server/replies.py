@@ -101,13 +101,17 @@ async def _complete(request: Request, wanted: ReplyRequest) -> list[GenerationRe
 async def started(wanted: ReplyRequest, compile_timeout_s: float) -> AsyncIterator[list[RequestHandle]]:
     """Start the replies of a request, and cancel unfinished ones at the end of the block.
 
-    Raises: QueueFullError if the queue has no room for all of them (none runs then); ValueError for invalid jobs.
+    Raises: QueueFullError if the queue has no room for all of them (none runs then); ApiError (400) if it never has;
+    ValueError for invalid jobs.
     """
     handles: list[RequestHandle] = []
     generator = generator_of(wanted.served)
     is_wanted = True
     # In threads: rendering, tokenizing and compiling schemas must not hold up other clients.
     jobs = await asyncio.to_thread(wanted.jobs)
+    most = generator.options.max_queue
+    if len(jobs) > most:
+        raise ApiError(400, f"{len(jobs)} replies at once (prompts x n) exceed --max-queue {most}; ask for fewer at once")
 
     def start_all() -> None:
         for prompt, params in jobs:

@@ -88,6 +88,11 @@ def small():
             yield generator, client
 
 
+def test_a_request_with_more_replies_than_the_queue_is_told_so(small):
+    reply = small[1].post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 1})
+    assert reply.status_code == 400 and "2 replies at once (prompts x n) exceed --max-queue 1" in reply.text
+
+
 def test_an_unknown_field_is_named(small):
     reply = small[1].post("/v1/chat/completions", json={**CHAT, "temprature": 1, "ü": 2})
     assert reply.status_code == 200 and reply.headers["x-ignored-fields"] == "temprature, \\xfc"
