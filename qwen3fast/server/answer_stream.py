@@ -26,11 +26,11 @@ class AnswerStream:
     block is held back to the end of the reply: its closing tag may turn out to stand inside a string.
     """
 
-    def __init__(self, call_format: CallFormat | None = None) -> None:
-        """call_format: of the tool calls in the answer; Qwen3's JSON by default."""
+    def __init__(self, call_format: CallFormat | None = None, max_calls: int | None = None) -> None:
+        """call_format: of the tool calls in the answer; Qwen3's JSON by default. max_calls: more are left out."""
         self._format: CallFormat = call_format or JsonCalls()
         self._answer = self._shown = ""
-        self._num_calls = 0
+        self._num_calls, self._max_calls = 0, max_calls
         self._read = 0  # up to here, every tool call is closed and well formed
         self._tried = 0  # tags before this position do not end the first block that is not closed yet
 
@@ -71,6 +71,6 @@ class AnswerStream:
         return None
 
     def _news(self, content: str, tool_calls: list[ToolCall]) -> AnswerPiece:
-        news = AnswerPiece(content[len(self._shown) :], tool_calls[self._num_calls :])
+        news = AnswerPiece(content[len(self._shown) :], tool_calls[self._num_calls : self._max_calls])
         self._shown, self._num_calls = max(self._shown, content, key=len), max(self._num_calls, len(tool_calls))
         return news

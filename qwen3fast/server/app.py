@@ -17,7 +17,7 @@ from qwen3fast.server.chat import chat_completions
 from qwen3fast.server.completions import completions
 from qwen3fast.server.errors import ApiError, answer_error
 from qwen3fast.server.limits import Limits
-from qwen3fast.server.messages import messages
+from qwen3fast.server.messages import count_tokens, messages
 from qwen3fast.server.models import AnyModel, Models
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.page import index
@@ -37,6 +37,7 @@ ROUTES = [
     Route("/v1/responses/{id}", get_response),
     Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
     Route("/v1/messages", messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
     Route("/v1/embeddings", embeddings, methods=["POST"]),
     Route("/v1/rerank", rerank, methods=["POST"]),
     Route("/v2/rerank", rerank, methods=["POST"]),

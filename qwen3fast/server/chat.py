@@ -12,14 +12,14 @@ from starlette.responses import Response
 
 from qwen3fast._version import __version__
 from qwen3fast.results import GenerationResult, TokenLogprobs
-from qwen3fast.server.chat_fields import read_messages, read_tools
+from qwen3fast.server.chat_fields import read_max_calls, read_messages, read_tools
 from qwen3fast.server.conversation import Conversation, Delta, deltas
 from qwen3fast.server.fields import Fields
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.prompt_scores import LOWEST, read_prompt_logprobs, to_prompt_logprobs
 from qwen3fast.server.replies import answer, new_id
-from qwen3fast.server.sampling import read_sampling
+from qwen3fast.server.sampling import read_sampling, refuse_unless
 from qwen3fast.server.stream import DONE, event
 from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
 from qwen3fast.text.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from qwen3fast.text.tool_calls import ToolCall
 
 MAX_TOP_LOGPROBS = 20
 # Fields that do not change a reply.
-WITHOUT_EFFECT = ("user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier")
+WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier")
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,13 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
     if prompt_logprobs is not None:
         sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=prompt_logprobs))
     usage_options, messages, stream = read_stream_options(fields), read_messages(fields), fields.flag("stream")
+    refuse_unless(fields, functions=[], function_call="none", modalities=["text"])
     fields.take(*WITHOUT_EFFECT)
-    return ChatRequest(served, sampling, messages, must_call, *usage_options, tools=tools, stream=stream)
+    continues = fields.flag("continue_final_message")
+    if fields.flag("add_generation_prompt", not continues) is continues:
+        raise fields.error("add_generation_prompt", "must be the opposite of continue_final_message", "invalid_value")
+    shape: dict[str, Any] = {"tools": tools, "max_calls": read_max_calls(fields), "continues": continues}
+    return ChatRequest(served, sampling, messages, must_call, *usage_options, **shape, stream=stream)
 
 
 def to_completion(chat: ChatRequest, finished: list[GenerationResult]) -> dict[str, Any]:

@@ -104,6 +104,11 @@ def read_tools(fields: Fields, is_flat: bool = False) -> tuple[list[dict[str, An
     return tools, name
 
 
+def read_max_calls(fields: Fields) -> int | None:
+    """Return how many tool calls a reply may have, None for any number. Raises: ApiError (400)."""
+    return None if fields.flag("parallel_tool_calls", True) else 1
+
+
 def check_chosen(name: str, tools: list[dict[str, Any]] | None, fields: Fields, key: str) -> None:
     """Check that a tool that must be called is among the tools. Raises: ApiError (400) naming its field."""
     if name not in [tool["function"]["name"] for tool in tools or []]:

@@ -15,7 +15,7 @@ from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.prompt_scores import LOWEST, only_prompt_chunk, read_prompt_logprobs, to_prompt_logprobs, with_top
 from qwen3fast.server.replies import Prompt, ReplyRequest, answer, new_id, pieces, started
-from qwen3fast.server.sampling import read_sampling
+from qwen3fast.server.sampling import read_sampling, refuse_unless
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event
 from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
@@ -73,9 +73,7 @@ async def completions(request: Request) -> Response:
 def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     """Read the fields of a completion. Raises: ApiError (400) naming the field."""
     logprobs = fields.integer("logprobs", 0, 20)
-    for name in ("best_of", "suffix"):
-        if fields.raw(name) not in (None, 1, ""):
-            raise fields.error(name, "is not supported", "unsupported")
+    refuse_unless(fields, best_of=1, suffix="")
     fields.take("user")
     names = ("max_completion_tokens", "max_tokens")
     sampling = read_sampling(fields, names, logprobs, DEFAULT_MAX_TOKENS, least_max_tokens=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -22,10 +22,13 @@ from qwen3fast.text.tool_calls import ToolCall, call_format_of
 class Conversation(ReplyRequest):
     """A conversation to reply to; each endpoint has a class of its own for the form of its responses.
 
-    must_call: the reply is the JSON of one tool call, without tags.
+    must_call: the reply is the JSON of one tool call, without tags. max_calls: tool calls beyond are left out; None
+    leaves none out. continues: the last message holds the beginning of the reply.
     """
 
     must_call: bool
+    max_calls: int | None = field(default=None, kw_only=True)
+    continues: bool = field(default=False, kw_only=True)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -36,14 +39,14 @@ class Conversation(ReplyRequest):
         """Return prompt and parameters of each reply. Raises: ValueError for invalid messages."""
         thinking = self.sampling.enable_thinking
         prompt = generator_of(self.served).render(
-            self.prompts, self.sampling.params, True if thinking is None else thinking, self.tools
+            self.prompts, self.sampling.params, True if thinking is None else thinking, self.tools, self.continues
         )
         return [(prompt, params) for params in self.sampling.each()]
 
     def content_and_calls(self, result: GenerationResult) -> tuple[str, list[ToolCall]]:
         """Return a reply's text for the user and its tool calls; with must_call the whole answer is one call."""
         if not self.must_call:
-            return result.answer, result.tool_calls
+            return result.answer, result.tool_calls[: self.max_calls]
         try:
             call = json.loads(result.answer)
             return "", [ToolCall(call["name"], call["arguments"])]
@@ -75,7 +78,7 @@ async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[
     Raises: the error that ended one of them.
     """
     state, call_format = state_of(request), call_format_of(conversation.tokenizer.chat_template, conversation.tools)
-    streams = [AnswerStream(call_format) for _ in range(conversation.sampling.n)]
+    streams = [AnswerStream(call_format, conversation.max_calls) for _ in range(conversation.sampling.n)]
     finished: list[GenerationResult] = []
     new_tokens = [0] * conversation.sampling.n
     async with started(conversation, state.options.compile_timeout_s) as handles:

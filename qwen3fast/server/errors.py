@@ -61,7 +61,7 @@ class ApiError(Exception):
     def body(self, path: str) -> dict[str, Any]:
         """Return the error in the form of the API that a path belongs to, Anthropic's or OpenAI's."""
         openai_type, anthropic_type = _TYPES.get(self.status, _TYPES[400])
-        if path == ANTHROPIC_PATH:
+        if path.startswith(ANTHROPIC_PATH):
             message = f"{self.param}: {self.message}" if self.param else self.message
             return {"type": "error", "error": {"type": anthropic_type, "message": message}}
         return {"error": {"message": self.message, "type": openai_type, "param": self.param, "code": self.code}}
@@ -96,5 +96,5 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """Return the response to an exception, in the form of the API that the path belongs to."""
     api_error = to_api_error(error)
     if api_error.param is None and not isinstance(error, ApiError) and api_error.message.startswith(OF_PROMPT):
-        api_error.param = PROMPT_FIELDS.get(request.url.path)
+        api_error.param = PROMPT_FIELDS.get(request.url.path.removesuffix("/count_tokens"))
     return api_error.response(request.url.path)

@@ -38,12 +38,21 @@ class MessagesRequest(Conversation):
 
 def read_message_request(fields: Fields, served: ServedModel) -> MessagesRequest:
     """Read the fields of Anthropic's request. Raises: ApiError (400) naming the field."""
+    fields.required("max_tokens", fields.raw("max_tokens"))
+    return read_conversation(fields, served)
+
+
+def read_conversation(fields: Fields, served: ServedModel) -> MessagesRequest:
+    """Read the fields of a request whose limit of tokens may be missing. Raises: ApiError (400) naming the field."""
     tokenizer_of(served)
-    tools, choice = _read_tools(fields)
+    tools, choice, max_calls = _read_tools(fields)
     sampling, must_call = forced(_read_sampling(fields), tokenizer_of(served), tools, choice)
     fields.take("metadata", "service_tier")
     messages, stream = _read_messages(fields), fields.flag("stream")
-    return MessagesRequest(served, sampling, messages, must_call, tools=tools, stream=stream)
+    last = messages[-1]
+    continues = last["role"] == "assistant" and bool(last["content"]) and "tool_calls" not in last
+    more: dict[str, Any] = {"tools": tools, "max_calls": max_calls, "continues": continues, "stream": stream}
+    return MessagesRequest(served, sampling, messages, must_call, **more)
 
 
 def _read_sampling(fields: Fields) -> Sampling:
@@ -59,15 +68,18 @@ def _read_sampling(fields: Fields) -> Sampling:
         temperature=fields.number("temperature"),
         top_p=fields.number("top_p"),
         top_k=fields.integer("top_k", 0, MAX_COUNT),
-        max_tokens=fields.required("max_tokens", fields.integer("max_tokens", 1, MAX_COUNT)),
+        max_tokens=fields.integer("max_tokens", 1, MAX_COUNT),
         stop=tuple(stop for stop in stops if stop),
         thinking_budget=budget if enable else None,
     )
     return Sampling(params, enable_thinking=enable)
 
 
-def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """Return the functions that the model may call, and the one that it must: None, a name, or "" for any."""
+def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None, int | None]:
+    """Return the functions that the model may call, the one that it must (None, a name, or "" for any), and how often.
+
+    The last value is None for any number of calls.
+    """
     tools: list[dict[str, Any]] = []
     for tool in fields.objects("tools"):
         if tool.text("type", "custom") != "custom":
@@ -77,18 +89,18 @@ def _read_tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, str | None
         tools.append({"type": "function", "function": read_function(tool, "input_schema")})
     choice = fields.object("tool_choice")
     if choice is None:
-        return tools or None, None
+        return tools or None, None, None
     kind = choice.required("type", choice.text("type", choices=("auto", "any", "tool", "none")))
-    choice.take("disable_parallel_tool_use")
+    max_calls = 1 if choice.flag("disable_parallel_tool_use") else None
     if kind == "none":
-        return None, None
+        return None, None, None
     if not tools:
         raise fields.error("tool_choice", "needs tools", "invalid_value")
     if kind != "tool":
-        return tools, "" if kind == "any" else None
+        return tools, "" if kind == "any" else None, max_calls
     name = choice.required("name", choice.text("name"))
     check_chosen(name, tools, choice, "name")
-    return tools, name
+    return tools, name, max_calls
 
 
 def _read_messages(fields: Fields) -> list[dict[str, Any]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from qwen3fast.results import GenerationResult
 from qwen3fast.server.conversation import deltas
-from qwen3fast.server.message_request import MessagesRequest, read_message_request
+from qwen3fast.server.fields import read_fields, refuse_or_name
+from qwen3fast.server.message_request import MessagesRequest, read_conversation, read_message_request
 from qwen3fast.server.replies import answer, new_id
+from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import event
 from qwen3fast.text.tool_calls import ToolCall
 
@@ -20,6 +23,15 @@ from qwen3fast.text.tool_calls import ToolCall
 async def messages(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
     return await answer(request, read_message_request, to_message, _events)
+
+
+async def count_tokens(request: Request) -> Response:
+    """Return the number of tokens of a conversation, as the model would read it."""
+    state, fields = state_of(request), await read_fields(request)
+    wanted = read_conversation(fields, state.models.choose(fields, "generate"))
+    headers = refuse_or_name(fields, state.options.strict)
+    [(prompt, _)] = await asyncio.to_thread(wanted.jobs)
+    return JSONResponse({"input_tokens": len(prompt)}, headers=headers)
 
 
 def to_message(wanted: MessagesRequest, finished: list[GenerationResult]) -> dict[str, Any]:

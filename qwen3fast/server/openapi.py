@@ -16,6 +16,7 @@ REQUIRED = {
     "/v1/completions": ["prompt"],
     "/v1/responses": ["input"],
     "/v1/messages": ["messages", "max_tokens"],
+    "/v1/messages/count_tokens": ["messages"],
     "/v1/embeddings": ["input"],
     "/v1/rerank": ["query", "documents"],
     "/v2/rerank": ["query", "documents"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3fast.sampling_params import MAX_COUNT
-from qwen3fast.server.chat_fields import read_call, read_tools, text_of
+from qwen3fast.server.chat_fields import read_call, read_max_calls, read_tools, text_of
 from qwen3fast.server.conversation import Conversation
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.forced_calls import forced
@@ -15,7 +15,7 @@ from qwen3fast.server.replies import new_id
 from qwen3fast.server.sampling import REASONING_BUDGETS, Sampling, checked_params, read_format
 from qwen3fast.server.store import ResponseStore
 
-WITHOUT_EFFECT = ("user", "service_tier", "include", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+WITHOUT_EFFECT = ("user", "service_tier", "include", "safety_identifier", "prompt_cache_key")
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,12 @@ def read_response_request(store: ResponseStore, fields: Fields, served: ServedMo
     if fields.flag("background"):
         raise fields.error("background", "responses in the background are not supported", "unsupported")
     prompt = [{"role": "system", "content": instructions}, *messages] if instructions else messages
+    max_calls, stream = read_max_calls(fields), fields.flag("stream")
     given = {
         "instructions": instructions,
         "max_output_tokens": sampling.params.max_tokens,
         "metadata": fields.raw("metadata", {}),
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": max_calls is None,
         "previous_response_id": previous,
         "reasoning": fields.raw("reasoning", {"effort": None, "summary": None}),
         "store": fields.flag("store", True),
@@ -70,8 +71,8 @@ def read_response_request(store: ResponseStore, fields: Fields, served: ServedMo
         "top_p": sampling.params.top_p,
         "truncation": fields.text("truncation", "disabled", choices=("auto", "disabled")),
     }
-    stream = fields.flag("stream")
-    return ResponseRequest(served, sampling, prompt, must_call, given, bool(given["store"]), tools=tools, stream=stream)
+    more: dict[str, Any] = {"tools": tools, "max_calls": max_calls, "stream": stream}
+    return ResponseRequest(served, sampling, prompt, must_call, given, bool(given["store"]), **more)
 
 
 def _read_sampling(fields: Fields) -> Sampling:

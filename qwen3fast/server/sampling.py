@@ -62,6 +62,7 @@ def read_sampling(
     default_max_tokens: None allows the rest of the context. least_max_tokens: 0 allows requests for no token.
     Raises: ApiError (400) naming the field.
     """
+    refuse_unless(fields, min_tokens=0, bad_words=[], skip_special_tokens=True, include_stop_str_in_output=False)
     limits = [fields.integer(name, least_max_tokens, MAX_COUNT) for name in max_tokens_names]
     limit = next((limit for limit in limits if limit is not None), default_max_tokens)
     shaped_by, structure = _structure(fields)
@@ -87,6 +88,13 @@ def read_sampling(
     n = fields.integer("n", 1, MAX_CHOICES) or 1
     params = checked_params(fields, shaped_by, **values, thinking_budget=budget)
     return Sampling(params, n, enable_thinking, limit == 0, shaped_by)
+
+
+def refuse_unless(fields: Fields, **neutral: Any) -> None:
+    """Check that fields that are not supported have the values that change nothing. Raises: ApiError (400)."""
+    for name, value in neutral.items():
+        if fields.raw(name, value) != value:
+            raise fields.error(name, f"is not supported, other than {describe(value)}", "unsupported")
 
 
 def checked_params(fields: Fields, shaped_by: str | None = None, **values: Any) -> SamplingParams:

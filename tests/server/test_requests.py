@@ -9,13 +9,16 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
+from unittest import mock
 
 import pytest
+import torch
 from conftest import randomized, slow_steps, small_config
 from serving import address, models  # noqa: F401  fixtures
 from serving import quick_generator as tiny_generator  # noqa: F401
 
-from qwen3fast import Embedder, Generator
+from qwen3fast import Embedder, Generator, SamplingParams
 from qwen3fast.cli import main
 from qwen3fast.server.app import create_app
 from qwen3fast.server.in_process import call, post
@@ -45,7 +48,7 @@ def client(address):  # noqa: F811
             {"tools": [{"type": "function", "function": {**TOOL, "x": 1}}]},
             "tools[0].function.x",
         ),
-        ("/v1/chat/completions", {"stream_options": {"a": 1}, "min_tokens": 2}, "min_tokens, stream_options.a"),
+        ("/v1/chat/completions", {"stream_options": {"a": 1}, "priority": 2}, "priority, stream_options.a"),
         ("/v1/chat/completions", {"min_tokens": None}, None),
         ("/v1/completions", {"prompt": "a", "messages": 1}, "messages"),
         ("/v1/responses", {"input": [{"role": "user", "content": "a", "b": 2}], "max_tokens": None}, "input[0].b"),
@@ -78,6 +81,12 @@ def test_structured_outputs_shape_a_reply(client, outputs, text):
     ("more", "param"),
     [
         ({"guided_grammar": "x"}, "guided_grammar"),
+        ({"min_tokens": 2}, "min_tokens"),
+        ({"bad_words": ["a"]}, "bad_words"),
+        ({"functions": [TOOL]}, "functions"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
@@ -112,6 +121,54 @@ def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
 def test_values_out_of_range_are_refused_by_the_name_of_their_field(client, path, more, param):
     reply = client.post(path, json=more)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_a_final_message_of_the_assistant_is_continued(client, models):  # noqa: F811
+    begun = [*CHAT["messages"], {"role": "assistant", "content": "The answer is 4"}]
+    body = {"messages": begun, "temperature": 0, "max_tokens": 4}
+    params = SamplingParams(temperature=0, max_tokens=4)
+    result = models["tiny"].chat(begun, params, continue_final_message=True)
+    assert result.text != models["tiny"].chat(begun, params).text
+    ours = client.post("/v1/chat/completions", json={**body, "continue_final_message": True}).json()
+    assert ours["choices"][0]["message"]["content"] == result.text
+    assert client.post("/v1/messages", json=body).json()["content"][0]["text"] == result.text
+    count = client.post("/v1/messages/count_tokens", json={"messages": begun}).json()
+    assert count == {"input_tokens": result.metrics.prompt_tokens}
+    wrong = client.post("/v1/messages/count_tokens", json={})
+    assert wrong.status_code == 400 and wrong.json()["type"] == "error"
+
+
+CALLS = "".join(f'<tool_call>\n{{"name": "f", "arguments": {{"n": {n}}}}}\n</tool_call>\n' for n in range(3))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "tool", "one"),
+    [
+        ("/v1/chat/completions", {"type": "function", "function": TOOL}, {"parallel_tool_calls": False}),
+        ("/v1/responses", {"type": "function", **TOOL}, {"parallel_tool_calls": False}),
+        ("/v1/messages", {"name": "f", "input_schema": {}},
+         {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
+    ],
+)  # fmt: skip
+def test_a_reply_has_one_tool_call_where_only_one_is_allowed(tiny_generator, path, tool, one, stream):  # noqa: F811
+    ids = [*tiny_generator.tokenizer.encode(CALLS), *tiny_generator.config.eos_token_ids]
+
+    def write(logits_V, output_T):
+        return torch.full_like(logits_V, -1e9).index_fill_(0, torch.tensor(ids[len(output_T)]), 0.0)
+
+    body = {"messages": CHAT["messages"], "input": "a", "tools": [tool], "stream": stream}
+    body |= {} if path == "/v1/responses" else {"max_tokens": 200}
+    counts = []
+    build = tiny_generator._builder.build_one
+    with mock.patch.object(
+        tiny_generator._builder, "build_one",
+        lambda prompt, params, *more, **options: build(prompt, replace(params, logits_processor=write), *more, **options),
+    ):  # fmt: skip
+        for more in ({}, one):
+            _, content = asyncio.run(post(create_app({"tiny": tiny_generator}), path, {**body, **more}))
+            counts.append({n for n in range(3) if re.search(rf'n[\\]*": ?{n}\}}', content.decode())})
+    assert counts == [{0, 1, 2}, {0}]
 
 
 LONG = "a" * 10**6
