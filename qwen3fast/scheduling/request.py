@@ -90,6 +90,7 @@ class Request:
     prompt_logits_1V: Tensor | None = None  # after the prompt's last token
     reused_tokens: int = 0
     is_restricted: bool = False  # the device has a mask that forbids tokens
+    words_W: np.ndarray | None = None  # the last mask
     submitted_s: float = field(default_factory=time.perf_counter)
     prefill_started_s: float = 0.0
     first_token_s: float = 0.0
@@ -159,7 +160,17 @@ class Request:
         words_W = np.full(-(-vocab_size // 32), -1, dtype=np.int32)
         if self.is_restricted:
             self.constraint.fill_mask(words_W)
+        self.words_W = words_W
         return words_W
+
+    def _forbids_all(self) -> bool:
+        """Return whether its mask, allowed_token_ids and logit_bias are known to leave no token."""
+        left = self.allowed_token_ids
+        if self.is_restricted and self.words_W is not None:
+            bits = np.unpackbits(self.words_W.view(np.uint8), bitorder="little")
+            left = frozenset(np.flatnonzero(bits).tolist()) & (left if left is not None else frozenset(range(len(bits))))
+        forbidden = {token for token, bias in (self.logit_bias or {}).items() if bias == -math.inf}
+        return left is not None and left <= forbidden
 
     def process(self, logits_V: Tensor) -> Tensor:
         """Return the logits changed by logits_processor. Raises: its exceptions; ValueError for a wrong shape."""
@@ -191,6 +202,11 @@ class Request:
         if not self.output_ids:
             self.first_token_s = time.perf_counter()
         if token < 0:
+            if self._forbids_all():
+                raise ValueError(
+                    f"no token is allowed at token {len(self.output_ids)} of the reply: allowed_token_ids, logit_bias "
+                    "and the schema, pattern or grammar together forbid all"
+                )
             cause = "no token is allowed, or " if self.is_processed or self.logits_processor is not None else ""
             raise FloatingPointError(
                 f"{cause}the model's logits are NaN or infinite at token {len(self.output_ids)} of the reply; the "

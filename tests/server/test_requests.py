@@ -138,6 +138,13 @@ def test_a_final_message_of_the_assistant_is_continued(client, models):  # noqa:
     assert wrong.status_code == 400 and wrong.json()["type"] == "error"
 
 
+def test_parameters_that_leave_no_token_are_told_as_such(client):
+    pytest.importorskip("llguidance")
+    body = {"prompt": "a", "allowed_token_ids": [5], "guided_regex": "zzz"}
+    reply = client.post("/v1/completions", json=body)
+    assert reply.status_code == 400 and "no token is allowed at token 0" in reply.text and "weights" not in reply.text
+
+
 CALLS = "".join(f'<tool_call>\n{{"name": "f", "arguments": {{"n": {n}}}}}\n</tool_call>\n' for n in range(3))
 
 
