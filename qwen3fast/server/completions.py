@@ -19,7 +19,7 @@ from qwen3fast.server.sampling import read_sampling, refuse_unless
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event
 from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
-from qwen3fast.text.tokenizer import Tokenizer
+from qwen3fast.text.tokenizer import IncrementalDecoder, Tokenizer
 
 MAX_PROMPTS = 2048
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -118,7 +118,7 @@ def _choice(wanted: CompletionRequest, index: int, result: GenerationResult, tok
     if top is not None and tokenizer is not None:
         before = result.prompt_logprobs or () if wanted.scores_prompt else ()
         ats = [*(with_top(at, top) for at in before), *(result.logprobs or ())]
-        logprobs = to_logprobs(ats, tokenizer, 0, wanted.first_id(index) if wanted.scores_prompt else None)
+        logprobs = to_logprobs(ats, tokenizer, TextOffset(tokenizer), wanted.first_id(index) if wanted.scores_prompt else None)
     text = wanted.echoed(index) + result.text
     choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
     if wanted.prompt_logprobs is not None:
@@ -127,27 +127,39 @@ def _choice(wanted: CompletionRequest, index: int, result: GenerationResult, tok
     return choice
 
 
+class TextOffset:
+    """The number of characters before each token. A character may have several tokens, which begin where it does."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decoder, self._chars = IncrementalDecoder(tokenizer, skip_special_tokens=False), 0
+
+    def before(self, token_id: int) -> int:
+        """Return the characters before the next token, which is this one."""
+        chars = self._chars
+        self._chars += len(self._decoder.push(token_id))
+        return chars
+
+
 def to_logprobs(
-    ats: Sequence[TokenLogprobs | None], tokenizer: Tokenizer, offset: int, first_id: int | None = None
+    ats: Sequence[TokenLogprobs | None], tokenizer: Tokenizer, offset: TextOffset, first_id: int | None = None
 ) -> dict[str, Any]:
     """Return the `logprobs` object of the older API.
 
-    offset: characters of the text before these tokens. first_id: the token of an entry that is None: the prompt's
+    offset: after the tokens before these. first_id: the token of an entry that is None: the prompt's
     first one, which has no log-probability (null).
     """
 
     def text_of(token_id: int) -> str:
         return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
-    tokens = [text_of(first_id or 0) if at is None else text_of(at.token_id) for at in ats]
-    offsets = [offset + sum(len(token) for token in tokens[:i]) for i in range(len(tokens))]
+    ids = [first_id or 0 if at is None else at.token_id for at in ats]
     return {
-        "tokens": tokens,
+        "tokens": [text_of(i) for i in ids],
         "token_logprobs": [None if at is None else max(at.logprob, LOWEST) for at in ats],
         "top_logprobs": [
             None if at is None else {text_of(i): max(logprob, LOWEST) for i, logprob in at.top} for at in ats
         ],
-        "text_offset": offsets,
+        "text_offset": [offset.before(i) for i in ids],
     }
 
 
@@ -156,7 +168,8 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
     state, tokenizer = state_of(request), wanted.served.model.tokenizer
     num_replies = len(wanted.prompts) * wanted.sampling.n
     finished: dict[int, GenerationResult] = {}
-    offsets, new_tokens = [0] * num_replies, [0] * num_replies
+    offsets = [TextOffset(tokenizer) for _ in range(num_replies) if tokenizer is not None]
+    new_tokens = [0] * num_replies
 
     def to_event(index: int, text: str, logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -176,7 +189,6 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
             if ats and tokenizer is not None:
                 first_id = wanted.first_id(i) if news.prompt_logprobs else None
                 logprobs = to_logprobs(ats, tokenizer, offsets[i], first_id)
-                offsets[i] += sum(len(token) for token in logprobs["tokens"])
             if news.prompt_logprobs:  # the first chunk
                 text = wanted.echoed(i) + text
             if news.result is not None:

@@ -138,6 +138,20 @@ def test_a_final_message_of_the_assistant_is_continued(client, models):  # noqa:
     assert wrong.status_code == 400 and wrong.json()["type"] == "error"
 
 
+def test_text_offsets_count_characters_not_their_tokens(tiny_generator):  # noqa: F811
+    app, text = create_app({"tiny": tiny_generator}), "a\U0001f600b\u4e2dc"
+    body = {"prompt": text, "echo": True, "max_tokens": 0, "logprobs": 0}
+    _, whole = asyncio.run(call(app, "/v1/completions", body))
+    found = whole["choices"][0]["logprobs"]
+    assert len(found["tokens"]) > len(text)  # characters of several tokens
+    at = {token: offset for token, offset in zip(found["tokens"], found["text_offset"], strict=True) if token in "abc"}
+    assert at == {"a": 0, "b": 2, "c": 4}
+    _, stream = asyncio.run(post(app, "/v1/completions", {**body, "stream": True}))
+    events = [json.loads(data)["choices"][0] for data in re.findall(rb"data: (\{.*\})\n\n", stream)]
+    offsets = [offset for event in events if event["logprobs"] for offset in event["logprobs"]["text_offset"]]
+    assert offsets == found["text_offset"]
+
+
 def test_parameters_that_leave_no_token_are_told_as_such(client):
     pytest.importorskip("llguidance")
     body = {"prompt": "a", "allowed_token_ids": [5], "guided_regex": "zzz"}
