@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen3fast.checkpoint.hf_config import CheckpointConfig
+from qwen3fast.checkpoint.hf_config import OWN_QUANTIZATION, CheckpointConfig
 from qwen3fast.checkpoint.metadata import write_tokenizer_files
 from qwen3fast.checkpoint.safetensors import SINGLE_FILE
 from qwen3fast.checkpoint.score_head import WEIGHT, ScoreHead, find_score_head
@@ -21,6 +21,7 @@ from qwen3fast.checkpoint.sentence_transformers import sentence_files
 from qwen3fast.checkpoint.source import SMALL_FILES
 from qwen3fast.checkpoint.stored_formats import main_format
 from qwen3fast.checkpoint.vocab_files import VOCAB_FILES
+from qwen3fast.files import read_optional_json
 from qwen3fast.kernels.cpu.structures import bfloat16_scales
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.convert import plain_experts, plain_modules
@@ -100,6 +101,18 @@ def check_is_other(folder: Path, source: Path | None) -> None:
     """Check that a folder to write is not the one that a model comes from. Raises: ValueError if it is."""
     if source is not None and folder.resolve() == source.resolve():
         raise ValueError(f"{folder} is the folder of the model, whose weights would be overwritten")
+
+
+def check_holds_no_original(folder: Path) -> None:
+    """Check that a folder to write holds no weights, except those that this package quantized.
+
+    Raises: FileExistsError if it does; ValueError for a damaged config.json.
+    """
+    found = next((file for kind in ("safetensors", "gguf", "bin") for file in folder.glob(f"*.{kind}")), None)
+    stored = read_optional_json(folder / "config.json").get("quantization_config") if found is not None else None
+    is_ours = isinstance(stored, dict) and stored.get("quant_method") == OWN_QUANTIZATION["quant_method"]
+    if found is not None and not is_ours:
+        raise FileExistsError(f"{found} holds weights of another model; choose another folder, or pass --force")
 
 
 def companions_of(source: Path | None) -> tuple[ScoreHead | None, dict[str, Path]]:

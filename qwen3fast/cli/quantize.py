@@ -13,7 +13,7 @@ from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.metadata import find_tokenizer, read_checkpoint_config, read_tokenizer
 from qwen3fast.checkpoint.safetensors import has_output_projection
-from qwen3fast.checkpoint.save import check_is_other, companions_of, save_model
+from qwen3fast.checkpoint.save import check_holds_no_original, check_is_other, companions_of, save_model
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.cli.arguments import add_source_arguments
 from qwen3fast.engine.own_text import OWN_WINDOW, own_text
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       "input, on which 4 bits correct their errors (GPTQ) [text that the model writes]")  # fmt: skip
     text.add_argument("--no-calibrate", action="store_true", help="correct none: faster, as quantizing while loading")
     parser.add_argument("--calibration-tokens", type=int, default=4096, help="of the text, at most [%(default)s]")
+    parser.add_argument("--force", action="store_true", help="overwrite weights in --output, whatever they are")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [%(default)s]")
     parser.add_argument("--threads", type=int, help="CPU threads [one per core]")
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.model} has random weights, which are quantized while loading; name a checkpoint")
     source = resolve_source(args.model, args.revision)
     check_is_other(args.output, source)
+    if not args.force:
+        check_holds_no_original(args.output)
     folder_to_write(args.output)  # bad folders and damaged files are refused before the work
     companions_of(source)
     use_threads(args.threads)
