@@ -151,6 +151,7 @@ def add_loading_arguments(add: Callable[..., Any]) -> None:
     add("--quantization", choices=[*ALL_FORMATS, DEQUANTIZE], help="quantize the weights while loading; int6, uint5, "
         "nl4: on CPUs; lossless: pack bfloat16 in 12 bits, on CPUs; dequantize: use a prequantized checkpoint "
         "unquantized")  # fmt: skip
+    add("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half of bfloat16's memory [%(default)s]")
     add("--no-calibrate", action="store_true", help="int4 and uint4 without the correction of errors, which takes "
         "time at the first load of a model")  # fmt: skip
     add("--threads", type=int, metavar="N", help="CPU threads [one per core]")

@@ -13,7 +13,6 @@ from qwen3fast.checks import num_processes
 from qwen3fast.cli.console import checked_argument
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
-from qwen3fast.model.kv_cache import CACHE_DTYPES
 from qwen3fast.options import GeneratorOptions, add_loading_arguments
 from qwen3fast.sampling_params import SamplingParams
 
@@ -37,7 +36,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add_loading_arguments(add)
     add("--max-seq-len", type=int, metavar="N", help="tokens of prompt and reply [4096 or the model's maximum]")
-    add("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half of bfloat16's memory [%(default)s]")
     add("--check-weights", action="store_true", help="refuse weights with NaN or infinity")
     add("--compile", choices=list(COMPILE_MODES), default="auto", help="auto: compile while tokens are generated; "
         "always: before the first token; never [%(default)s]")  # fmt: skip

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,7 +18,8 @@ from starlette.routing import Route
 from qwen3fast.server.chat import chat_completions
 from qwen3fast.server.completions import completions
 from qwen3fast.server.errors import ApiError, answer_error
-from qwen3fast.server.limits import Limits
+from qwen3fast.server.fields import IGNORED_HEADER
+from qwen3fast.server.limits import REQUEST_ID, Limits
 from qwen3fast.server.messages import count_tokens, messages
 from qwen3fast.server.models import AnyModel, Models
 from qwen3fast.server.options import ServerOptions
@@ -59,6 +62,12 @@ def create_app(models: dict[str, AnyModel], options: ServerOptions | None = None
     """
     state = ServerState(Models(models), options or ServerOptions())
 
+    cross_origin = []
+    if origins := state.options.allow_origins:
+        exposed = [REQUEST_ID, IGNORED_HEADER]
+        allow: dict[str, Any] = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+        cross_origin = [Middleware(CORSMiddleware, **allow, expose_headers=exposed)]
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
@@ -66,7 +75,7 @@ def create_app(models: dict[str, AnyModel], options: ServerOptions | None = None
 
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(Limits, state=state)],
+        middleware=[*cross_origin, Middleware(Limits, state=state)],
         exception_handlers={HTTPException: _answer_http_error, Exception: answer_error, **_HANDLED},
         lifespan=lifespan,
     )

@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=_port, default=8000, metavar="N", help="port to listen on; 0 takes a free one [%(default)s]")
     add("--api-key", action="append", dest="api_keys", default=[], metavar="KEY", help="key that clients must send; "
         "repeatable [none is needed]")  # fmt: skip
+    add("--allow-origin", action="append", dest="allow_origins", default=[], metavar="URL", help="origin of web pages "
+        "that may ask, such as https://example.org; *: every one; repeatable [only the server's own page]")  # fmt: skip
     add("--strict", action="store_true", help="refuse requests with fields that the server does not know")
     add("--max-body-bytes", type=int, default=defaults.max_body_bytes, metavar="N", help="size of the largest request "
         "[%(default)s]")  # fmt: skip

@@ -36,6 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_source("--reranker", metavar="[NAME=]SOURCE", help="model for /v1/rerank and /v1/score")
     add_source("--adapter", metavar="NAME=SOURCE", help="LoRA adapter of the one --model, which requests choose by its "
                "name; repeatable")  # fmt: skip
+    add("--revision", metavar="NAME", help="branch, tag or commit of a hub id, if there is one model")
     add("--max-batch-size", type=int, default=8, metavar="N", help="requests that run together [%(default)s]")
     add("--max-seq-len", type=int, default=4096, metavar="N", help="tokens of prompt and reply together [%(default)s]")
     add("--max-queue", type=int, default=256, metavar="N", help="requests that wait; more are refused [%(default)s]")
@@ -55,7 +56,10 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two models or adapters are named {twice[0]!r}; give each a name of its own, as NAME=SOURCE")
     generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
-    found = _find_models([_name_and_source(spec)[1] for spec in [*generators, *args.embedder, *args.reranker]])
+    specs = [*generators, *args.embedder, *args.reranker]
+    if args.revision is not None and len(specs) > 1:
+        raise ValueError(f"--revision is for a single model, got {len(specs)}; download the others first, and name folders")
+    found = _find_models([_name_and_source(spec)[1] for spec in specs], args.revision)
     adapter_folders = _find_adapters(adapters)
 
     def load(spec: str, kind: type[M], **more: object) -> M:
@@ -76,6 +80,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             max_batch_size=args.max_batch_size,
             max_seq_len=args.max_seq_len,
             max_queue=args.max_queue,
+            kv_cache_dtype=args.kv_cache_dtype,
             adapters=adapter_folders,
             threads=args.threads,
             compile=True if args.warmup else "auto",
@@ -91,13 +96,13 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     return models
 
 
-def _find_models(sources: Iterable[str]) -> dict[str, str | Path]:
+def _find_models(sources: Iterable[str], revision: str | None) -> dict[str, str | Path]:
     """Return the folder or file of each model, downloaded if need be, before the first one is loaded.
 
     Raises: FileNotFoundError if one is not there.
     """
     models = {source: _base_of_adapter(source) or source for source in sources}
-    return {name: it if it.startswith("random:") else resolve_source(it) for name, it in models.items()}
+    return {name: it if it.startswith("random:") else resolve_source(it, revision) for name, it in models.items()}
 
 
 def _find_adapters(adapters: Mapping[str, str]) -> dict[str, Path]:

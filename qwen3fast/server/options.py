@@ -11,6 +11,7 @@ class ServerOptions:
 
     Attributes:
         api_keys: each gives access to all endpoints; `/health` and `/ready` need none. Empty: no keys are needed.
+        allow_origins: web pages of these origins (https://example.org), or of any ("*"), may ask in a browser.
         strict: refuse unknown fields with status 400 instead of naming them in the header `X-Ignored-Fields`.
         max_body_bytes: larger request bodies get status 413.
         request_timeout_s: a reply that takes longer ends with status 504 (in a stream, with an error event).
@@ -24,6 +25,7 @@ class ServerOptions:
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allow_origins: tuple[str, ...] = ()
     strict: bool = False
     max_body_bytes: int = 8 * 2**20
     request_timeout_s: float = 600.0

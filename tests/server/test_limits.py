@@ -93,6 +93,18 @@ def test_a_request_with_more_replies_than_the_queue_is_told_so(small):
     assert reply.status_code == 400 and "2 replies at once (prompts x n) exceed --max-queue 1" in reply.text
 
 
+def test_pages_of_allowed_origins_alone_may_ask(tiny_generator):  # noqa: F811
+    page, other = {"Origin": "https://a.example"}, {"Origin": "https://b.example"}
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    options = ServerOptions(allow_origins=("https://a.example",), api_keys=("key",))
+    with running({"tiny": tiny_generator}, options) as url, httpx.Client(base_url=url, timeout=30) as client:
+        assert client.options("/v1/completions", headers={**page, **ask}).status_code == 200
+        assert client.options("/v1/completions", headers={**other, **ask}).status_code == 400
+        refused = client.post("/v1/completions", json={"prompt": "a"}, headers=page)
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == page["Origin"]
+        assert "access-control-allow-origin" not in client.get("/health", headers=other).headers
+
+
 def test_an_unknown_field_is_named(small):
     reply = small[1].post("/v1/chat/completions", json={**CHAT, "temprature": 1, "ü": 2})
     assert reply.status_code == 200 and reply.headers["x-ignored-fields"] == "temprature, \\xfc"

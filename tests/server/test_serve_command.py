@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from qwen3fast.cli import main
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 from qwen3fast.server.command import bind  # noqa: E402  needs uvicorn
-from qwen3fast.server.loading import _name_and_source  # noqa: E402
+from qwen3fast.server.loading import _name_and_source, add_model_arguments, load_models  # noqa: E402
 
 ENDLESS = {"prompt": "a", "max_tokens": 600, "ignore_eos": True, "stream": True}
 
@@ -133,6 +134,17 @@ def test_a_source_may_hold_equals_signs(monkeypatch, tmp_path):
     assert _name_and_source("mine=lr=1e-4") == ("mine", "lr=1e-4")
     assert _name_and_source("mine=Qwen/Qwen3-0.6B") == ("mine", "Qwen/Qwen3-0.6B")
     assert _name_and_source("tiny") == ("tiny", "tiny")
+
+
+def test_a_revision_and_the_caches_dtype_reach_the_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr("qwen3fast.server.loading.resolve_source", lambda source, revision: asked.append(revision) or source)
+    add_model_arguments(parser := argparse.ArgumentParser())
+    words = ["--model", "tiny", "--revision", "abc", "--kv-cache-dtype", "int8", "--max-seq-len", "64", "--no-warmup"]
+    with load_models(parser.parse_args(words))["tiny"] as generator:
+        assert asked == ["abc"] and generator.options.kv_cache_dtype == "int8"
+    with pytest.raises(ValueError, match="--revision is for a single model, got 2"):
+        load_models(parser.parse_args([*words, "--embedder", "b=tiny"]))
 
 
 @pytest.mark.parametrize("spec", ["", "mine="])
