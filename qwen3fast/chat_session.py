@@ -9,6 +9,7 @@ from qwen3fast.generator import Generator
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.scheduling.handle import RequestHandle
+from qwen3fast.scheduling.prompt import Overflow
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.tokenizer import Message
 
@@ -55,41 +56,47 @@ class ChatSession:
         self._ids: list[int] = []  # of all turns so far, as the model saw and made them
 
     @takes_params
-    def send(self, content: str | Message, params: SamplingParams | None = None) -> GenerationResult:
+    def send(
+        self, content: str | Message, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+    ) -> GenerationResult:
         """Send a message and wait for the reply. A turn that fails leaves the conversation unchanged.
 
-        content: the user's text, or a whole message, such as a tool's result.
+        content: the user's text, or a whole message, such as a tool's result. on_overflow: as in `Generator.generate`;
+        "cut" removes the oldest tokens of the conversation from the prompt, not from `messages`.
         Raises: as `Generator.generate`.
         """
-        *_, last = self.stream(content, params)
+        *_, last = self.stream(content, params, on_overflow=on_overflow)
         assert last.result is not None, "the last chunk has it"
         return last.result
 
     @takes_params
-    def stream(self, content: str | Message, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+    def stream(
+        self, content: str | Message, params: SamplingParams | None = None, *, on_overflow: Overflow = "error"
+    ) -> Iterator[StreamChunk]:
         """Send a message and yield the reply chunk by chunk. The turn is added once its reply has ended.
 
         Raises: as `Generator.stream`; at the call for a message that cannot be run.
         """
         message: Message = {"role": "user", "content": content} if isinstance(content, str) else content
-        prompt = self._prompt(message, params)
+        prompt = self._prompt(message, params, on_overflow)
         builder = self._generator._builder
-        return self._turn(message, prompt, builder.build_one(prompt, params, "error", self._last, self._tools))
+        return self._turn(message, prompt, builder.build_one(prompt, params, on_overflow, self._last, self._tools))
 
     def reset(self) -> None:
         """Forget everything except the system message."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
         self._last, self._ids = None, []
 
-    def _prompt(self, message: Message, params: SamplingParams | None) -> list[int]:
+    def _prompt(self, message: Message, params: SamplingParams | None, on_overflow: Overflow) -> list[int]:
         conversation = [*self.messages, message]
-        whole = self._generator.render(conversation, params, self._enable_thinking, self._tools)
+        about = (params, self._enable_thinking)
+        whole = self._generator.render(conversation, *about, self._tools, on_overflow=on_overflow)
         if self._mode == "exact" or not self._ids:
             return whole
         # What the template puts behind the last reply: the end of its turn, unless the model wrote it, and the message.
         end = self._tokenizer.encode(END_OF_TURN)
         has_ended = self._ids[-len(end) :] == end
-        new = self._generator.render([message], params, self._enable_thinking, None)
+        new = self._generator.render([message], *about, on_overflow=on_overflow)
         if whole[-len(new) :] != new:
             raise ValueError(
                 "this chat template does not render a message alone as it does behind others, so mode 'append' "
