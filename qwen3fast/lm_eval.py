@@ -18,9 +18,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as err:
+    raise ImportError("qwen3fast.lm_eval needs lm-eval; run: pip install 'qwen3fast[eval]'") from err
 
 from qwen3fast.checkpoint.metadata import has_tokenizer, read_config
 from qwen3fast.checkpoint.source import resolve_source

@@ -111,8 +111,9 @@ class Reranker(TextModel):
         body = self.tokenizer.encode(f"{head} {document}", room + 1)
         if len(body) > room and (needed := len(self.tokenizer.encode(head, room))) >= room:
             raise ValueError(
-                f"query and instruction take {needed} tokens or more and the rest of the prompt {self.max_length - room}, "
-                f"which leaves no room for a document within max_length {self.max_length}; shorten them or raise it"
+                f"query and instruction take {needed} tokens or more and the rest of the prompt "
+                f"{self.max_length - room}, which leaves no room for a document within max_length {self.max_length}; "
+                "shorten them or raise it"
             )
         return [*self._prefix, *body[:room], *self._suffix]
 

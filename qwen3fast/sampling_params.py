@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from numbers import Real
@@ -35,6 +36,10 @@ OTHER_NAMES = {
 }
 # The fields that a checkpoint's preset fills in.
 PRESET_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+UNSUPPORTED_PRESET = {  # fields of generation_config.json, and the values that change nothing
+    "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {}, "stop_strings": [],
+    "no_repeat_ngram_size": 0, "min_new_tokens": 0, "min_length": 0, "num_beams": 1, "typical_p": 1,
+}  # fmt: skip
 
 MAX_TEMPERATURE = 1e6  # where all tokens are equally likely already
 MIN_TOP_P = torch.finfo(torch.float32).tiny  # keeps the most likely token alone
@@ -138,8 +143,12 @@ class SamplingParams:
         top_k 50 (only with do_sample), top_p 1.0, repetition_penalty 1.0, no min_p. A top_p of 0 keeps only the most
         likely token. max_new_tokens is the default of max_tokens.
 
+        It warns of fields that are not supported.
         Raises: ValueError for a value that no request could set, naming it.
         """
+        given = [name for name, neutral in UNSUPPORTED_PRESET.items() if preset.get(name) not in (None, neutral)]
+        if given:
+            warnings.warn(f"{', '.join(given)} of generation_config.json: not supported, without effect", stacklevel=3)
         do_sample = preset.get("do_sample")
         if not isinstance(do_sample, bool | None):
             raise ValueError(f"do_sample must be true, false or null, got {do_sample!r}")

@@ -219,3 +219,10 @@ def test_questions_of_the_examples_are_right():
         row = json.loads(line)
         a, b = (int(number) for number in row["question"].removeprefix("What is ").removesuffix("?").split(" + "))
         assert row["answer"] == str(a + b) == row["choices"][row["label"]] and len(set(row["choices"])) == 4
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "qwen3fast.lm_eval", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'qwen3fast\[eval\]'"):
+        importlib.import_module("qwen3fast.lm_eval")

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer as BaseTokenizer
 from qwen3fast.sampling.constraints import TokenConstraint, bits_of
 from qwen3fast.text.tokenizer import Tokenizer
 
-# Optional whitespace between two parts of a JSON text. Without a limit, a model can fill its whole reply with line
-# breaks (llama.cpp has a limit for the same reason); 40 characters are a line break and nine levels of indentation.
-JSON_WHITESPACE = r"[ \n\r\t]{1,40}"
+# Optional whitespace between two parts of a JSON text, llama.cpp's: a space, or a line break or two and indentation.
+# With more, a model can fill most of its reply with it.
+JSON_WHITESPACE = r" |\n{1,2}[ \t]{0,20}"
 
 
 class GrammarError(RuntimeError):

@@ -168,7 +168,8 @@ class Request:
         left = self.allowed_token_ids
         if self.is_restricted and self.words_W is not None:
             bits = np.unpackbits(self.words_W.view(np.uint8), bitorder="little")
-            left = frozenset(np.flatnonzero(bits).tolist()) & (left if left is not None else frozenset(range(len(bits))))
+            masked = frozenset(np.flatnonzero(bits).tolist())
+            left = masked if left is None else left & masked
         forbidden = {token for token, bias in (self.logit_bias or {}).items() if bias == -math.inf}
         return left is not None and left <= forbidden
 

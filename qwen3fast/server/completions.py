@@ -118,7 +118,8 @@ def _choice(wanted: CompletionRequest, index: int, result: GenerationResult, tok
     if top is not None and tokenizer is not None:
         before = result.prompt_logprobs or () if wanted.scores_prompt else ()
         ats = [*(with_top(at, top) for at in before), *(result.logprobs or ())]
-        logprobs = to_logprobs(ats, tokenizer, TextOffset(tokenizer), wanted.first_id(index) if wanted.scores_prompt else None)
+        first_id = wanted.first_id(index) if wanted.scores_prompt else None
+        logprobs = to_logprobs(ats, tokenizer, TextOffset(tokenizer), first_id)
     text = wanted.echoed(index) + result.text
     choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
     if wanted.prompt_logprobs is not None:

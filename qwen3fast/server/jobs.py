@@ -47,7 +47,7 @@ class BatchJob:
             response = {"status_code": status, "request_id": new_id("req"), "body": body}
             return {"id": self.id, "custom_id": self.custom_id, "response": response, "error": None, **more}
         named = {"custom_id": self.custom_id} if self.custom_id is not None else {}
-        given = {name: self.body[name] for name in ("prompt", "messages") if name in self.body}
+        given: dict[str, Any] = {name: self.body[name] for name in ("prompt", "messages") if name in self.body}
         row: dict[str, Any] = {"key": str(self.line), "id": self.id, **named, **given, **more}
         if status != 200:
             return {**row, "error": body["error"]}

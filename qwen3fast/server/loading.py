@@ -58,7 +58,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
     specs = [*generators, *args.embedder, *args.reranker]
     if args.revision is not None and len(specs) > 1:
-        raise ValueError(f"--revision is for a single model, got {len(specs)}; download the others first, and name folders")
+        raise ValueError(f"--revision is for a single model, got {len(specs)}; download them first, and name folders")
     found = _find_models([_name_and_source(spec)[1] for spec in specs], args.revision)
     adapter_folders = _find_adapters(adapters)
 

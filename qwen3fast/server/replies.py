@@ -111,7 +111,7 @@ async def started(wanted: ReplyRequest, compile_timeout_s: float) -> AsyncIterat
     jobs = await asyncio.to_thread(wanted.jobs)
     most = generator.options.max_queue
     if len(jobs) > most:
-        raise ApiError(400, f"{len(jobs)} replies at once (prompts x n) exceed --max-queue {most}; ask for fewer at once")
+        raise ApiError(400, f"{len(jobs)} replies at once (prompts x n) exceed --max-queue {most}; ask for fewer")
 
     def start_all() -> None:
         for prompt, params in jobs:

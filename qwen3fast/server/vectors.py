@@ -51,7 +51,7 @@ async def embeddings(request: Request) -> Response:
     encode = partial(embedder.token_ids, texts, instruction=instruction, max_length=longest)
     rows = await asyncio.to_thread(encode)
     if too_long := [i for i, row in enumerate(rows) if len(row) > most]:
-        text = f"text {too_long[0]} has more tokens than the {most} that the model reads; truncate_prompt_tokens cuts it"
+        text = f"text {too_long[0]} has more than {most} tokens, which the model reads; truncate_prompt_tokens cuts it"
         raise fields.error("input", text, "context_length_exceeded")
     vectors = await _computed(request, served, partial(embedder.encode_ids, dimensions=dimensions), rows)
     data = []

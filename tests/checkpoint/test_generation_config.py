@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -106,3 +107,14 @@ def test_negative_end_ids_are_no_tokens(ids):
     model = randomized(small_config(eos_token_ids=()))
     with Generator(model, generation_config={"eos_token_id": ids}, max_seq_len=16, compile=False) as generator:
         assert generator._builder._eos_ids == ({3} if ids == [-1, 3] else set())
+
+
+def test_fields_that_are_not_supported_are_told_at_load():
+    neutral = {"suppress_tokens": None, "num_beams": 1, "no_repeat_ngram_size": 0, "stop_strings": []}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preset(**neutral)
+    given = {"suppress_tokens": [1], "num_beams": 4, "min_new_tokens": 2, "stop_strings": ["a"]}
+    model = randomized(small_config())
+    with pytest.warns(UserWarning, match="suppress_tokens, stop_strings, min_new_tokens, num_beams of generation_conf"):
+        Generator(model, generation_config=given, compile=False, max_seq_len=16).close()

@@ -182,10 +182,11 @@ def test_a_reply_has_one_tool_call_where_only_one_is_allowed(tiny_generator, pat
     body |= {} if path == "/v1/responses" else {"max_tokens": 200}
     counts = []
     build = tiny_generator._builder.build_one
-    with mock.patch.object(
-        tiny_generator._builder, "build_one",
-        lambda prompt, params, *more, **options: build(prompt, replace(params, logits_processor=write), *more, **options),
-    ):  # fmt: skip
+
+    def build_scripted(prompt, params, *more, **options):
+        return build(prompt, replace(params, logits_processor=write), *more, **options)
+
+    with mock.patch.object(tiny_generator._builder, "build_one", build_scripted):
         for more in ({}, one):
             _, content = asyncio.run(post(create_app({"tiny": tiny_generator}), path, {**body, **more}))
             counts.append({n for n in range(3) if re.search(rf'n[\\]*": ?{n}\}}', content.decode())})
@@ -209,7 +210,7 @@ LONG = "a" * 10**6
 )
 def test_a_request_that_cannot_fit_is_refused_before_it_is_encoded(client, monkeypatch, path, body):
     encoded, encode = [], Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *more: encoded.append(text) or encode(self, text, *more))
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *n: encoded.append(text) or encode(self, text, *n))
     reply = client.post(path, json=body)
     assert reply.status_code == 400 and re.search("exceeds max_seq_len|at most 16384 items", reply.text)
     assert sum(map(len, encoded)) < 1000

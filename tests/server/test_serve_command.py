@@ -138,7 +138,8 @@ def test_a_source_may_hold_equals_signs(monkeypatch, tmp_path):
 
 def test_a_revision_and_the_caches_dtype_reach_the_model(monkeypatch):
     asked = []
-    monkeypatch.setattr("qwen3fast.server.loading.resolve_source", lambda source, revision: asked.append(revision) or source)
+    name = "qwen3fast.server.loading.resolve_source"
+    monkeypatch.setattr(name, lambda source, revision: asked.append(revision) or source)
     add_model_arguments(parser := argparse.ArgumentParser())
     words = ["--model", "tiny", "--revision", "abc", "--kv-cache-dtype", "int8", "--max-seq-len", "64", "--no-warmup"]
     with load_models(parser.parse_args(words))["tiny"] as generator:
