@@ -153,7 +153,7 @@ class Soak:
             session = ChatSession(self.generator, system=system, enable_thinking=thinks, mode=mode)  # type: ignore[arg-type]
             for _ in range(rng.randint(1, 5)):
                 params, turn = random_params(rng, self.vocab_size), {"role": "user", "content": random_question(rng)}
-                before, prompt = list(session.messages), session._prompt(turn, params)
+                before, prompt = list(session.messages), session._prompt(turn, params, "error")
                 if len(prompt) + 40 > MAX_SEQ_LEN:
                     break
                 stream = zip(range(rng.choice([2, 999, 999])), session.stream(turn, params), strict=False)

@@ -51,7 +51,7 @@ def launched_kernels(name: str, arguments: Any) -> list[KernelCase]:
     with ExitStack() as patches:
         for module in (attention, linear, sample, tail):
             patches.enter_context(patch.object(module, "launch", note))
-        getattr(ops, name.removeprefix("qwen3fast::"))(*arguments)
+        ops.FUNCTIONS[name.removeprefix("qwen3fast::")](*arguments)
     return found
 
 

@@ -11,8 +11,11 @@ from qwen3fast.kernels.cuda.decode_step import attention, linear, sample, tail
 from qwen3fast.kernels.cuda.decode_step.weights import Weight
 from qwen3fast.kernels.define import define
 
+FUNCTIONS: dict[str, Callable[..., None]] = {}  # by the operations' names
+
 
 def _define(arguments: str, function: Callable[..., None]) -> None:
+    FUNCTIONS[arguments.partition("(")[0]] = function
     define(f"{arguments} -> ()", function, lambda *_: None, "CompositeExplicitAutograd")
 
 
