@@ -80,7 +80,7 @@ sys.exit(pytest.main(["-q", "-x", "-n0", "-k", "not other_processors and not few
 CPU = torch.device("cpu")
 
 # Name, integers, tensors and structures of ops.h, expected, tolerance in thousandths of the largest number: of expected
-# numbers in float32. Others must be the same bytes, and so must those of tolerance 0.
+# numbers in float32. Others, and all with a tolerance of 0, must be the same bytes.
 Case = tuple[str, Sequence[int], Sequence[Any], Tensor] | tuple[str, Sequence[int], Sequence[Any], Tensor, int]
 
 

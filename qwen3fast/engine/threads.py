@@ -58,7 +58,9 @@ class SparedThreads:
     number: of threads to leave out, now.
     """
 
-    LOST = 0.25  # of its time that a thread is off its core, from which on a step counts as slow
+    # Of its time that a thread is off its core, from which on a step counts as slow. For two threads on one core it is
+    # less than a half: while one computes, the other sleeps for a part, which does not count.
+    LOST = 0.25
     SLOW_STEPS = 2  # one after another, until a thread is left out
     STEPS = (32, 256)  # until one more is used again: at first, and at most
 

@@ -29,7 +29,7 @@ def any_order(monkeypatch):
 
 @pytest.fixture
 def empty_is_nan(monkeypatch):
-    """What kernels leave out of the memory that they are given shows."""
+    """Make new memory NaN: numbers that kernels do not write show."""
     empty = torch.empty
 
     def poisoned(*shape, **options):

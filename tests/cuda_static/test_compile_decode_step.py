@@ -138,7 +138,7 @@ def test_programs_prefetch_no_more_of_packed_weights_than_caches_hold(kernels):
 
 
 @pytest.mark.parametrize("format", BITS)
-def test_products_are_bound_by_reading_the_weight(format, kernels):
+def test_products_take_few_instructions_beside_reading_the_weight(format, kernels):
     for rows, limit in zip((1, 8), MAX_SHARE[format], strict=True):
         slots_per_weight = kernels[f"90: gate_up, 8b, {format}, {rows} rows"][4]
         assert 0.5 < slots_per_weight < limit * budget(BITS[format]), rows

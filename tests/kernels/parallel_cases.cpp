@@ -25,7 +25,7 @@ void check(bool is_true, const char* what) {
 void sleep_ms(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
 
 // Each thread works once, and after a barrier sees what the others have written before it.
-void call(int64_t threads, bool may_be_fewer = false) {
+void call(int64_t threads, bool are_fewer = false) {
   std::vector<int> written(threads), seen(threads);
   int given = 0;
   in_threads(threads, [&](int thread, Barrier& barrier) {
@@ -34,7 +34,7 @@ void call(int64_t threads, bool may_be_fewer = false) {
     barrier.wait();
     seen[thread] = std::accumulate(written.begin(), written.end(), 0);
   });
-  check(given == threads || (may_be_fewer && given >= 1 && given < threads), "the number of threads");
+  check(are_fewer ? given >= 1 && given < threads : given == threads, "the number of threads");
   for (int64_t t = 0; t < threads; t++) {
     check(written[t] == (t < given), "each thread works once");
     check(seen[t] == (t < given ? given : 0), "each thread sees what all have written");
@@ -124,7 +124,8 @@ void slept() {
   for (int i = 0; i < 100; i++) {
     double early = 0, late = 0;
     Barrier barrier;
-    run_threads(2, [&](int thread, int) {
+    run_threads(2, [&](int thread, int number) {
+      check(number == 2, "the number of threads");
       const double before = Barrier::slept;
       while (thread == 0 && barrier.arrived == 0) sleep_ms(1);
       if (thread == 0) sleep_ms(20);
@@ -151,12 +152,13 @@ int main(int, char** arguments) {
   const std::string name = arguments[1];
   alarm(60);
   if (name == "calls") calls();
-  if (name == "nested") nested();
-  if (name == "team") team();
-  if (name == "leaders") leaders();
-  if (name == "forked") forked();
-  if (name == "refused") refused();
-  if (name == "slept") slept();
-  if (name == "exit asleep") call(4), sleep_ms(5);
-  if (name == "exit awake") call(4);
+  else if (name == "nested") nested();
+  else if (name == "team") team();
+  else if (name == "leaders") leaders();
+  else if (name == "forked") forked();
+  else if (name == "refused") refused();
+  else if (name == "slept") slept();
+  else if (name == "exit asleep") call(4), sleep_ms(5);
+  else if (name == "exit awake") call(4);
+  else check(false, "a case of this name");
 }

@@ -1,8 +1,9 @@
 """Issue slots per weight: whether a product is bound by reading its weight, or by its instructions.
 
 A multiprocessor issues 4 instructions of 32 threads per clock: 128 slots. Each thread of an instruction takes one, of a
-shuffle, which runs at a quarter of the rate, four. An H200 has 132 multiprocessors at 1.98 GHz and reads 4.24 TB/s: 7.9
-slots per byte. Instructions of machine code are counted as often as loops run them; stalls are not in the count.
+shuffle, which runs at a quarter of the rate, four. An H200 has 132 multiprocessors at 1.98 GHz, its highest clock, and
+reads 4.24 TB/s (benchmarks/gpu_model.md): 7.9 slots per byte. Instructions of machine code are counted as often as
+loops run them; stalls are not in the count.
 """
 
 from __future__ import annotations

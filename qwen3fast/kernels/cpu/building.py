@@ -38,7 +38,7 @@ HEADERS = (
     *("best.h", "sampler.h", "experts.h", "fp8.h", "lossless.h", "low_rank.h", "records.h", "tiles.h"),
 )
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
-NEEDED = "g++ 11 or newer, or a clang++ with the library of such a g++"  # for std::atomic::wait, -march=x86-64-v4
+NEEDED = "g++ 11 or newer, or a clang++ with a standard library as new"  # for std::atomic::wait, -march=x86-64-v4
 EXTRA_FLAGS = {name: ["-ffp-contract=off"] for name in ("quantize_weight.cpp", "processors.cpp")}
 
 

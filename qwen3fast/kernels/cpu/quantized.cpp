@@ -158,6 +158,7 @@ void tile(const Activations& x, int64_t m0, const Linear& weight, BFloat16* y, i
   ScaleReader<kKind> records[kBlocks];
   for (int b = 0; kKind > kInt4 && !kIsRead && b < kBlocks; b++) records[b].start(weight, block + b);
   constexpr int kPaired = kHasPairSums ? kM / 2 * 2 : 0;  // rows of x
+  static_assert(!kPaired || kBlocks == 1, "sums of pairs are of one block");
   Vec total[kBlocks][kM] = {};
   for (int64_t g = 0; g < G; g++) {
     if (kBlocks > 1) ahead.ask<kIntoL1>();
