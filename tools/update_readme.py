@@ -102,11 +102,12 @@ def targets_table(folder: Path) -> str:
 def sides_table(folder: Path) -> str:
     """Return our speed beside the best other engine's, side by side for the processors whose level was not pinned.
 
-    Below: how often ours is higher and lower, over all shapes of the records, and where they were measured.
+    Below: how often ours is higher and lower, over all shapes of these records, and where they were measured.
     """
     sides, where, verdicts = {}, [], dict[str, int]()
     for name, records in targets.load_all(folder).items():
         peers = [r for r in records if (r.suite, r.model_name) == ("peers", targets.MODEL)]
+        peers = [r for r in peers if any(targets.beside(r, shape) for shape in targets.FRONT)]
         if peers and "cpu_level" not in peers[0].environment:
             sides[name] = targets.all_beside(peers)
             where.append(f"{name}: {where_measured(peers[0])}.")

@@ -20,7 +20,7 @@ from qwen3fast.bench.validate import KINDS, MAX_FILE_BYTES, check_record, parse_
 from qwen3fast.files import file_to_read, file_to_write, read_text
 
 SCHEMA_VERSION = 2
-LINE = 500  # characters: JSON values up to this length share a line, as most cases do
+LINE = 700  # characters: JSON values up to this length share a line, as most cases do
 DIGITS = 7  # of a written metric
 Label = str | int | float | bool
 
