@@ -376,10 +376,9 @@ def test_operations_switched_off_come_back():
 
 
 @pytest.mark.parametrize(
-    ("shape", "is_dynamic", "is_tuned"),
-    [((1, 1, 6), False, True), ((1, 6), False, True), ((2, 1, 6), False, False), ((1, 11, 6), True, False)],
+    ("rows", "tunes_one_row", "is_tuned"), [(1, True, True), (2, True, False), (11, True, False), (1, False, False)]
 )
-def test_kernels_are_tuned_for_one_row_alone(shape, is_dynamic, is_tuned, monkeypatch):
+def test_kernels_are_tuned_for_one_row_of_a_part_that_asks_for_it(rows, tunes_one_row, is_tuned, monkeypatch):
     """On CUDA: dozens of variants of each kernel take long to compile, and make only one-row products faster."""
     given = {}
 
@@ -390,8 +389,8 @@ def test_kernels_are_tuned_for_one_row_alone(shape, is_dynamic, is_tuned, monkey
     monkeypatch.setattr(torch, "compile", compile_nothing)
     compiler = StepCompiler(True, CPU)
     compiler._is_cuda = True
-    part = compiler.part(lambda module, x: x + 1, dynamic=({1: (Dynamic(11),)},) if is_dynamic else ())
-    part(None, torch.zeros(shape))
+    part = compiler.part(lambda module, x: x + 1, dynamic=({0: (Dynamic(11, 3),)},), tunes_one_row=tunes_one_row)
+    part(None, torch.zeros(rows, 1, 6))
     assert given.get("coordinate_descent_tuning", False) == is_tuned
     assert ("triton.enable_pdl" in given) == ("triton.enable_pdl" in torch._inductor.list_options())  # not in 2.9
 
