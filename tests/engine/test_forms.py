@@ -35,28 +35,6 @@ ROWS = 6
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "hidden_size": 64}
 
 
-class Graphs(list):
-    tuned = 0  # compilations with coordinate_descent_tuning
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The graphs that `torch.compile` made: one for each form, unless a form was compiled again."""
-    compile, graphs = torch.compile, Graphs()
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def traced(function, fullgraph, dynamic, options):
-        kept = {"guard_filter_fn": options["guard_filter_fn"]}
-        graphs.tuned += bool(options.get("coordinate_descent_tuning"))
-        return compile(function, fullgraph=fullgraph, dynamic=dynamic, backend=backend, options=kept)
-
-    monkeypatch.setattr(torch, "compile", traced)
-    return graphs
-
-
 def prefill(engine, size, start, prompts=1, length=None):
     row_B, token_BT = (
         torch.zeros(*shape, dtype=torch.int64, device=engine.cos_SD.device) for shape in ((prompts,), (prompts, size))
