@@ -57,8 +57,8 @@ LONG_WORK_S = 2.0
 
 # Read when a step is compiled for a CUDA device; switches to measure the worth of each.
 # coordinate_descent_tuning: products of one row become fused reductions. It tries dozens of variants of each kernel, so
-# only parts that ask for it have it, and only with one row. triton.enable_pdl: a kernel is launched while the one before
-# it still runs (programmatic dependent launch, compute capability 9.0 and newer).
+# only parts that ask for it have it, and only with one row. triton.enable_pdl: a kernel is launched while the previous
+# one still runs (programmatic dependent launch, compute capability 9.0 and newer).
 CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
 
 
@@ -186,6 +186,8 @@ class StepCompiler:
         settings: Any = torch.compiler.config
         with exclusive, settings.patch(cache_key_tag=f"{settings.cache_key_tag} qwen3fast {ranges}"):
             compiled(module, *[_example(tensor, sizes) for tensor, sizes in zip(tensors, ranges, strict=True)])
+            if self._is_cuda:  # one of the examples is as large as a layer's cache; graphs have memory of their own
+                torch.cuda.empty_cache()
         self.compilations += 1
         self.seconds += time.perf_counter() - started
         return compiled
@@ -287,12 +289,20 @@ class StepPart:
     def _form(
         self, key: tuple[Any, ...], module: nn.Module | None, tensors: Sequence[Tensor | None], ranges: Ranges
     ) -> Function | None:
-        """Return the form for these shapes, compiled if it is new; None while a thread compiles it."""
+        """Return the form for these shapes, compiled if it is new; None while a thread compiles it.
+
+        Running out of the device's memory costs this form, which then runs uncompiled.
+        """
         if key not in self._forms:
             is_tuned = self._tunes_one_row and tensors[0] is not None and len(tensors[0]) == 1
             arguments = (self.function, module, tensors, ranges, is_tuned)
             if self.compiler.thread is None:
-                self._forms[key] = self.compiler.compile(*arguments)
+                try:
+                    self._forms[key] = self.compiler.compile(*arguments)
+                except Exception as err:
+                    if not _is_out_of_memory(err):
+                        raise
+                    self._forms[key] = self._remain_uncompiled(err)
             elif not self.compiler.is_ready():
                 pass
             elif key not in self._jobs:
@@ -305,6 +315,10 @@ class StepPart:
         """Return the function with C++ operations, where available, and without."""
         return [self._with_operations, self.function] if cpu.is_loaded() else [self.function]
 
+    def _remain_uncompiled(self, error: BaseException) -> Function:
+        warnings.warn(f"{self.function} could not be compiled and runs uncompiled, slower: {error}", stacklevel=2)
+        return self._uncompiled()[0]
+
     def _with_operations(self, *arguments: Any) -> Any:
         with operations():
             return self.function(*arguments)
@@ -313,8 +327,7 @@ class StepPart:
         """Return the compiled form, or an uncompiled one if compiling failed or the compiled form is slower."""
         error = job.exception()
         if error is not None:
-            warnings.warn(f"{self.function} could not be compiled and runs uncompiled, slower: {error}", stacklevel=2)
-            return self._uncompiled()[0]
+            return self._remain_uncompiled(error)
         forms: list[Function] = [job.result(), *self._uncompiled()]
         best = [float("inf")] * len(forms)
         for _ in range(4):  # alternating; the best time of each counts
@@ -355,6 +368,11 @@ def _own_code(function: Function) -> Function:
 
     code = part_of_step.__code__.replace(co_name=getattr(function, "__name__", "part_of_step"))
     return FunctionType(code, part_of_step.__globals__, code.co_name, None, part_of_step.__closure__)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether the device had no memory left, when code ran or, inside of PyTorch's own error, was compiled."""
+    return isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError)
 
 
 def _keep_guards(guards: Sequence[Any]) -> list[bool]:

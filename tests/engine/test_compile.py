@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -393,6 +394,39 @@ def test_kernels_are_tuned_for_one_row_of_a_part_that_asks_for_it(rows, tunes_on
     part(None, torch.zeros(rows, 1, 6))
     assert given.get("coordinate_descent_tuning", False) == is_tuned
     assert ("triton.enable_pdl" in given) == ("triton.enable_pdl" in torch._inductor.list_options())  # not in 2.9
+
+
+def test_without_memory_to_compile_a_form_it_alone_runs_uncompiled(monkeypatch):
+    """Examples of a layer's cache may not fit beside the cache."""
+    compile, failing = StepCompiler.compile, [torch.OutOfMemoryError("in code"), InductorError()]
+
+    def compile_or_fail(self, *arguments):
+        if failing:
+            raise failing.pop(0)
+        return compile(self, *arguments)
+
+    monkeypatch.setattr(StepCompiler, "compile", compile_or_fail)
+    compiler, [module, *_] = StepCompiler(True, CPU), layers()
+    part = compiler.part(scaled)
+    for rows in (2, 3, 4):
+        x = random_tensor(rows, 6)
+        with pytest.warns(UserWarning, match="uncompiled, slower: in") if rows < 4 else contextlib.nullcontext():
+            assert_near(part(module, x, x), scaled(module, x, x))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_near(part(module, x, x), scaled(module, x, x))
+    assert compiler.compilations == 1
+    failing.append(ValueError("another"))
+    with pytest.raises(ValueError, match="another"):
+        part(module, random_tensor(5, 6), random_tensor(5, 6))
+
+
+class InductorError(Exception):
+    """An error as of Inductor's, around its cause."""
+
+    def __init__(self):
+        super().__init__("in the compiler")
+        self.inner_exception = torch.OutOfMemoryError("in the compiler")
 
 
 def test_unknown_mode_is_refused():
