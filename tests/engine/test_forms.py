@@ -5,6 +5,7 @@ For CUDA devices tensors have no memory ("meta") and the sizes of released model
 """
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -171,6 +172,8 @@ def test_on_cuda_warmup_makes_all_forms_and_graphs(rows, fused, forms, captured,
     """
     engine = on_cuda("0.6b", rows, 4096, fused)
     assert (engine.parts.fused_step is not None) == fused
+    page = (Path(__file__).parents[2] / "docs" / "how_it_works" / "compilation.md").read_text(encoding="utf-8")
+    assert not fused or f"\n| {rows} | {forms} | {captured} |\n" in page
     engine.warmup()
     assert (engine.compiler.compilations, len(engine.graphs)) == (forms, captured)
     assert len(graphs) == forms and graphs.tuned == (not fused)
