@@ -119,6 +119,30 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+class Graphs(list):
+    """Traced by `torch.compile`."""
+
+    tuned = 0  # compilations with coordinate_descent_tuning
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that `torch.compile` makes, one for each form unless a form is compiled again; PyTorch runs them."""
+    compile, graphs = torch.compile, Graphs()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def traced(function, fullgraph, dynamic, options):
+        kept = {"guard_filter_fn": options["guard_filter_fn"]}
+        graphs.tuned += bool(options.get("coordinate_descent_tuning"))
+        return compile(function, fullgraph=fullgraph, dynamic=dynamic, backend=backend, options=kept)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    return graphs
+
+
 def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """Every element within the tolerance of `dtype`, relative to the largest element of `expected`."""
     scale = expected.double().abs().max().item()

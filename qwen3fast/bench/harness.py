@@ -104,9 +104,9 @@ class Harness:
         while left and (not costs or self._clock() + pace * left[0].first_s <= end):
             further = (repetitions - 1) * (sum(costs.values()) + pace * sum(g.round_s for g in left))
             self._limit_progress(pace * sum(g.first_s for g in left) + further, end)
-            started, group = self._clock(), left.pop(0)
-            costs[len(costs)] = self._first_round(group, f"{group.description} ({len(costs) + 1} of {len(groups)})")
-            pace = (self._clock() - started) / max(1e-9, group.first_s)
+            group, number = left.pop(0), len(costs)
+            costs[number] = self._first_round(group, f"{group.description} ({number + 1} of {len(groups)})")
+            pace = costs[number] / max(1e-9, group.round_s)  # a warm-up may also capture graphs, once
         for i in range(1, repetitions):
             for number, cost in costs.items():
                 if self._clock() + cost > end:

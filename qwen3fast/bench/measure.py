@@ -70,7 +70,7 @@ class Workbench:
     def __init__(
         self, model: Qwen3, modes: tuple[str, ...], max_seq_len: int, max_batch_size: int, kv_cache_dtype: str = "auto"
     ) -> None:
-        self.model = model
+        self.model, self.max_seq_len = model, max_seq_len
         weight = model.model.norm.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.cache_dtype = parse_cache_dtype(kv_cache_dtype, self.dtype)

@@ -21,10 +21,10 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device {device!r:.200} is not supported; supported: auto, cpu, cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use device='cpu'")
-    if chosen.type == "cuda" and chosen.index is not None and chosen.index != torch.cuda.current_device():
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
         raise ValueError(
-            f"device {device!r} is not the current CUDA device; set CUDA_VISIBLE_DEVICES={chosen.index}, or call "
-            f"torch.cuda.set_device({chosen.index}), and use device='cuda'"
+            f"device {device!r} was asked for, but this PyTorch sees {torch.cuda.device_count()} CUDA device(s), "
+            "counted from 0"
         )
     return chosen
 

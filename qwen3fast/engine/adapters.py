@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qwen3fast.engine.staging import staged
 from qwen3fast.kernels.low_rank import low_rank
 from qwen3fast.model import Qwen3
 from qwen3fast.model.linears import linears
@@ -96,8 +97,9 @@ class AdapterSlots:
             layer.lora_B[slot].zero_()
             if name in matrices:
                 a_RK, b_NR = self._in_hidden_order(name, *matrices[name])
-                layer.lora_A[slot, : len(a_RK)] = a_RK
-                layer.lora_B[slot, : len(a_RK)] = b_NR.T
+                for memory, matrix in ((layer.lora_A, a_RK), (layer.lora_B, b_NR.T)):
+                    on_host = matrix.to(memory.dtype).contiguous()  # as the copy must find it, not to wait
+                    memory[slot, : len(a_RK)].copy_(staged(on_host, memory.device), non_blocking=True)
 
     def _in_hidden_order(self, name: str, a_RK: Tensor, b_NR: Tensor) -> tuple[Tensor, Tensor]:
         """Return a layer's matrices with hidden units in the order of the model's."""

@@ -56,9 +56,9 @@ AUTO_DELAY_S = 1.0
 LONG_WORK_S = 2.0
 
 # Read when a step is compiled for a CUDA device; switches to measure the worth of each.
-# coordinate_descent_tuning: products of one row become fused reductions; forms of more rows go without it, since it
-# tries dozens of variants of each kernel. triton.enable_pdl: a kernel is launched while the one before it still runs
-# (programmatic dependent launch, compute capability 9.0 and newer).
+# coordinate_descent_tuning: products of one row become fused reductions. It tries dozens of variants of each kernel, so
+# only parts that ask for it have it, and only with one row. triton.enable_pdl: a kernel is launched while the previous
+# one still runs (programmatic dependent launch, compute capability 9.0 and newer).
 CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
 
 
@@ -153,35 +153,46 @@ class StepCompiler:
 
         return self.thread.submit(run)
 
-    def part(self, function: Function, dynamic: Sequence[Sizes] = (), is_compiled: bool = True) -> StepPart:
+    def part(
+        self, function: Function, dynamic: Sequence[Sizes] = (), is_compiled: bool = True, tunes_one_row: bool = False
+    ) -> StepPart:
         """Return a part of a step, given as a function of a module and tensors.
 
-        is_compiled: False for a part that runs uncompiled in every mode.
+        is_compiled: False for a part that runs uncompiled in every mode. tunes_one_row: whether its form of one row is
+        worth the time of coordinate_descent_tuning on CUDA.
         """
-        return StepPart(function, self, dynamic, is_compiled)
+        return StepPart(function, self, dynamic, is_compiled, tunes_one_row)
 
     @torch.no_grad()
     def compile(
-        self, function: Function, module: nn.Module | None, tensors: Sequence[Tensor | None], ranges: Ranges
+        self,
+        function: Function,
+        module: nn.Module | None,
+        tensors: Sequence[Tensor | None],
+        ranges: Ranges,
+        is_tuned: bool = False,
     ) -> Function:
         """Compile `function(module, *tensors)` for tensors like these, and for modules built like this one.
 
         It is compiled by running it once on zeros, which discards its writes to arguments.
+        is_tuned: with coordinate_descent_tuning, on CUDA.
         Raises: exceptions of `torch.compile`; nothing is kept then.
         """
         started = time.perf_counter()
-        options = self._options(tensors, ranges)
+        options = self._options(is_tuned)
         compiled = torch.compile(_own_code(function), fullgraph=True, dynamic=False, options=options)
         # Inductor's cache ignores ranges: it would return code with a guard of another range, which torch.compile then
         # refuses (ConstraintViolationError).
         settings: Any = torch.compiler.config
         with exclusive, settings.patch(cache_key_tag=f"{settings.cache_key_tag} qwen3fast {ranges}"):
             compiled(module, *[_example(tensor, sizes) for tensor, sizes in zip(tensors, ranges, strict=True)])
+            if self._is_cuda:  # one of the examples is as large as a layer's cache; graphs have memory of their own
+                torch.cuda.empty_cache()
         self.compilations += 1
         self.seconds += time.perf_counter() - started
         return compiled
 
-    def _options(self, tensors: Sequence[Tensor | None], ranges: Ranges) -> dict[str, Any]:
+    def _options(self, is_tuned: bool) -> dict[str, Any]:
         options: dict[str, Any] = {
             "triton.cudagraphs": False,  # a whole step is captured by engine/cuda_graph.py, not part by part
             "size_asserts": False,  # forms are chosen by sizes
@@ -191,7 +202,7 @@ class StepCompiler:
         if self._is_cuda:
             known = torch._inductor.list_options()  # named by torch.compile's documentation
             options |= {name: value for name, value in CUDA_OPTIONS.items() if name in known}
-            if not _is_one_row(tensors[0], ranges[0]):
+            if not is_tuned:
                 options.pop("coordinate_descent_tuning", None)
         elif cpu.is_loaded():  # built for this processor: Inductor need not try what the compiler can do
             options["cpp.vec_isa_ok"] = True
@@ -220,9 +231,15 @@ class StepPart:
     """
 
     def __init__(
-        self, function: Function, compiler: StepCompiler, dynamic: Sequence[Sizes] = (), is_compiled: bool = True
+        self,
+        function: Function,
+        compiler: StepCompiler,
+        dynamic: Sequence[Sizes] = (),
+        is_compiled: bool = True,
+        tunes_one_row: bool = False,
     ) -> None:
         self.function, self.compiler, self.dynamic = function, compiler, dynamic
+        self._tunes_one_row = tunes_one_row
         self._is_compiled = is_compiled and compiler.enabled
         self._lacks_compiler = is_compiled and compiler.lacks_compiler
         self._kinds: dict[nn.Module | None, int] = {}  # a number per kind of module
@@ -272,11 +289,20 @@ class StepPart:
     def _form(
         self, key: tuple[Any, ...], module: nn.Module | None, tensors: Sequence[Tensor | None], ranges: Ranges
     ) -> Function | None:
-        """Return the form for these shapes, compiled if it is new; None while a thread compiles it."""
+        """Return the form for these shapes, compiled if it is new; None while a thread compiles it.
+
+        Running out of the device's memory costs this form, which then runs uncompiled.
+        """
         if key not in self._forms:
-            arguments = (self.function, module, tensors, ranges)
+            is_tuned = self._tunes_one_row and tensors[0] is not None and len(tensors[0]) == 1
+            arguments = (self.function, module, tensors, ranges, is_tuned)
             if self.compiler.thread is None:
-                self._forms[key] = self.compiler.compile(*arguments)
+                try:
+                    self._forms[key] = self.compiler.compile(*arguments)
+                except Exception as err:
+                    if not _is_out_of_memory(err):
+                        raise
+                    self._forms[key] = self._remain_uncompiled(err)
             elif not self.compiler.is_ready():
                 pass
             elif key not in self._jobs:
@@ -289,6 +315,10 @@ class StepPart:
         """Return the function with C++ operations, where available, and without."""
         return [self._with_operations, self.function] if cpu.is_loaded() else [self.function]
 
+    def _remain_uncompiled(self, error: BaseException) -> Function:
+        warnings.warn(f"{self.function} could not be compiled and runs uncompiled, slower: {error}", stacklevel=2)
+        return self._uncompiled()[0]
+
     def _with_operations(self, *arguments: Any) -> Any:
         with operations():
             return self.function(*arguments)
@@ -297,8 +327,7 @@ class StepPart:
         """Return the compiled form, or an uncompiled one if compiling failed or the compiled form is slower."""
         error = job.exception()
         if error is not None:
-            warnings.warn(f"{self.function} could not be compiled and runs uncompiled, slower: {error}", stacklevel=2)
-            return self._uncompiled()[0]
+            return self._remain_uncompiled(error)
         forms: list[Function] = [job.result(), *self._uncompiled()]
         best = [float("inf")] * len(forms)
         for _ in range(4):  # alternating; the best time of each counts
@@ -341,9 +370,9 @@ def _own_code(function: Function) -> Function:
     return FunctionType(code, part_of_step.__globals__, code.co_name, None, part_of_step.__closure__)
 
 
-def _is_one_row(x: Tensor | None, sizes: dict[int, Dynamic]) -> bool:
-    """Return whether a form serves a single token: all dimensions of its first tensor but the last are 1."""
-    return x is not None and not sizes and x.numel() == x.shape[-1]
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether the device had no memory left, when code ran or, inside of PyTorch's own error, was compiled."""
+    return isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError)
 
 
 def _keep_guards(guards: Sequence[Any]) -> list[bool]:

@@ -235,7 +235,9 @@ class Parts:
             decode_layers=decode_layers,
             fused_step=fused_step,
             fused_sampler=fused_sampler,
-            decode_block=compiler.part(run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions})),
+            decode_block=compiler.part(
+                run_block, dynamic=(rows, rows, rows, rows, rows | {2: positions}), tunes_one_row=True
+            ),
             prefill_block=compiler.part(
                 partial(run_prefill_block, forms),
                 dynamic=(chunk, chunk, chunk, chunk, chunk | {2: positions}, {}, {}, prompts),

@@ -110,9 +110,11 @@ define(
 def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
     """Return `attend` for T queries at the last T of L positions, each of which sees all positions up to its own.
 
-    This is FlashAttention on CUDA devices, which stores neither scores nor a mask. It is called directly, as
-    `is_causal` of scaled_dot_product_attention aligns the queries with the first positions, not the last.
-    Source: arXiv:2205.14135; for the last positions, torch.nn.attention.bias.causal_lower_right.
+    This is FlashAttention on CUDA devices, which stores neither scores nor a mask. PyTorch's public functions do not
+    serve: `is_causal` of scaled_dot_product_attention aligns the queries with the first positions, with `sdpa_kernel`
+    as well; and `torch.nn.attention.bias.causal_lower_right`, which calls this same operator, cannot be traced with
+    sizes that vary (torch 2.11 to 2.15: Dynamo refuses its constructor).
+    Source: arXiv:2205.14135.
     """
     return _flash(q_BTHD.transpose(1, 2), k_BKLD, v_BKLD)
 

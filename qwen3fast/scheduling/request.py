@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from qwen3fast.engine.prefill import Prefill
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
+from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.state import GREEDY, Logprobs, RowSampling
 from qwen3fast.sampling.constraints import TokenConstraint
 
@@ -176,7 +176,7 @@ class Request:
     def process(self, logits_V: Tensor) -> Tensor:
         """Return the logits changed by logits_processor. Raises: its exceptions; ValueError for a wrong shape."""
         assert self.logits_processor is not None, "only for requests with a logits_processor"
-        output_T = torch.tensor(self.output_ids, dtype=torch.int64, device=logits_V.device)
+        output_T = to_device(self.output_ids, logits_V.device)
         processed = self.logits_processor(logits_V, output_T)
         if not isinstance(processed, Tensor) or processed.shape != logits_V.shape:
             got = tuple(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__

@@ -3,6 +3,7 @@
 import io
 import random
 import signal
+from dataclasses import replace
 
 import pytest
 from bench_fakes import FakeClock, new_record
@@ -105,6 +106,20 @@ def test_run_until_leaves_out_what_does_not_fit(slowness):
     assert clock.now <= 60.0 * slowness
     counts = {case.labels["number"]: len(case.samples["seconds"]) for case in record.cases}
     assert counts == {0: 3, 1: 3, 2: 1}  # further rounds of what is cheap
+
+
+def test_a_slow_warm_up_does_not_make_later_groups_seem_slow():
+    """It captures graphs, once."""
+    clock, log, record = FakeClock(), [], new_record()
+    groups = groups_of(clock, log, [2.0, 4.0, 8.0])
+    first = groups[0].tasks[0]
+
+    def run():
+        clock.wait(0.0 if log else 40.0)
+        return first.run()
+
+    groups[0] = replace(groups[0], tasks=[replace(first, run=run, warms_up=True), groups[0].tasks[1]])
+    assert Harness(record, clock=clock, is_shown=False).run_until(groups, 1, end=80.0) == []
 
 
 def test_run_until_measures_the_first_group_even_if_it_takes_too_long():

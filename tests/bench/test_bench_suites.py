@@ -100,6 +100,30 @@ def test_every_mode_of_a_gpu_is_measured_with_its_graphs_switched(monkeypatch):
     assert measure.with_graphs("cached-eager", cuda) == "cached-eager"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_is_compiled_or_captured_inside_a_sample_on_cuda(device, monkeypatch):
+    """Prompts of several chunks run another form than short ones, first of all before the measurement."""
+    runs, groups = [], []
+    measuring = session.Session("cache", options_of("cache", "--model", "tiny", "--device", "cpu", "--quick"))
+    measuring.device = torch.device(device)
+    measuring.options = replace(measuring.options, modes=MODES, contexts=(32, 2048, 600))
+    check = measure.TokenCheck(1, 1, 0.0, 0.0)
+    bench = SimpleNamespace(
+        model=measuring.model(None), cache_dtype=torch.float32, max_seq_len=2000, check=lambda *_: check,
+        run=lambda mode, prompts, new_tokens: runs.append((mode, [len(prompt) for prompt in prompts])),
+    )  # fmt: skip
+    monkeypatch.setattr(session.Session, "workbench", lambda *_: bench)
+    monkeypatch.setattr(session.Session, "execute", lambda self, preparations, made: groups.extend(made))
+    cache.run(measuring)
+    long = {task.case.labels["mode"]: task.warms_up for task in groups[1].tasks}
+    assert long == {mode: device == "cuda" and measure.is_compiled(mode) for mode in MODES}
+    for mode in MODES:
+        runs.clear()
+        measuring.prepare(bench, mode, "bf16", 2)
+        is_longer = device == "cuda" and measure.is_compiled(mode)
+        assert [run for run in runs if run != (mode, [40, 40])] == [(mode, [1998])] * is_longer
+
+
 def test_default_run_says_how_long_it_takes_and_leaves_out_what_does_not_fit(tmp_path, capsys, monkeypatch):
     suite = replace(SUITES["cache"], limit_s=0.0, defaults=SUITES["cache"].defaults | {"modes": ("cached-eager",)})
     monkeypatch.setitem(SUITES, "cache", suite)

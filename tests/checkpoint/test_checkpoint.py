@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qwen3fast import Generator, load_model
 from qwen3fast.checkpoint import read_ahead
+from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.checkpoint.source import TINY_FOLDER, resolve_source
@@ -358,12 +359,13 @@ def test_load_refuses_a_device_that_is_not_there(tmp_path, config, tensors):
         load_model(tmp_path, device="cuda")
 
 
-def test_load_refuses_a_device_that_is_not_the_current_one(monkeypatch):
+def test_any_cuda_device_that_is_there_can_be_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    message = r"device 'cuda:1' is not the current CUDA device; set CUDA_VISIBLE_DEVICES=1, or call .*set_device\(1\)"
-    with pytest.raises(ValueError, match=message):
-        load_model("tiny", device="cuda:1")
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"device 'cuda:2' was asked for, but this PyTorch sees 2 CUDA device\(s\)"):
+        load_model("tiny", device="cuda:2")
 
 
 # Where a name leads.

@@ -67,8 +67,8 @@ def _sliced(tensor: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
 
 
 @contextmanager
-def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
-    """Make tensors inside the block fake, and yield their CUDA device. capability: of the GPU to imitate."""
+def fake_cuda(capability: tuple[int, int] = (9, 0), index: int = 0) -> Iterator[torch.device]:
+    """Make tensors inside the block fake, and yield their CUDA device. capability, index: of the GPU to imitate."""
     free_and_total = (80 << 30, 80 << 30)
     with (
         FakeTensorMode(),
@@ -79,7 +79,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
         patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
         patch.object(torch.backends.cuda, "is_flash_attention_available", lambda: True),
     ):
-        yield torch.device("cuda", 0)
+        yield torch.device("cuda", index)
 
 
 def fake_model(config: ModelConfig, device: torch.device, quantization: str | Format | None = None) -> Qwen3:

@@ -75,6 +75,18 @@ def test_every_format_and_sampler_runs_on_cuda_tensors(changes):
             assert run_step(engine, 2, lengths[i % 2], kind) == []
 
 
+def test_on_a_second_device_nothing_is_made_on_the_first():
+    """Operations refuse tensors of two devices."""
+    with fake_cuda(index=1) as device:
+        engine = make_engine(device, SMALLEST, "int4")
+        processors = ProcessorState(ROWS, engine.model.config.vocab_size, device)
+        logprobs = LogprobState.allocate(ROWS, engine.model.config.vocab_size, device)
+        for kind in SamplerKind:
+            assert run_step(engine, 2, engine.cache.buckets[0], kind, processors, logprobs) == []
+        row_1, token_1T = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((1,), (1, 32)))
+        assert prefill_chunk(forward_of(engine), row_1, token_1T, 5).device == device
+
+
 @pytest.mark.parametrize("has_triton", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
 def test_quantized_experts_run_on_cuda_tensors(format, has_triton, monkeypatch):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import assert_near, engine_of, random_tensor, randomized, small_config
 
+from qwen3fast.engine import adapters, staging
 from qwen3fast.engine.decode import _run_blocks
 from qwen3fast.engine.state import RowSampling, StepKind
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.quantization.convert import quantize_model
+from qwen3fast.scheduling.request import Request
 
 CPU = torch.device("cpu")
 SLOTS = [2, 0, 1, 2, 0]
@@ -91,6 +93,19 @@ def test_each_layers_product_is_added_at_its_place():
 @pytest.mark.parametrize("rank", [1, 4, 7, 16])
 def test_every_rank_is_served(rank):
     assert_near(*outputs(make_engine(rank=rank), True), torch.bfloat16)
+
+
+def test_all_that_is_copied_to_a_running_pipeline_is_staged(monkeypatch):
+    """In pinned memory, in the order and dtype of its place: any other copy to a CUDA device waits for it."""
+    seen = []
+    engine = make_engine()
+    monkeypatch.setattr(adapters, "staged", lambda tensor, device: seen.append(tensor) or tensor)
+    write_adapters(engine)
+    assert len(seen) % (2 * len(engine.adapters.layers)) == 0 < len(seen)
+    assert all(x.is_contiguous() and x.dtype == engine.model.model.norm.weight.dtype for x in seen)
+    monkeypatch.setattr(staging, "staged", lambda tensor, device: seen.append(tensor) or tensor)
+    Request([1], output_ids=[4, 5], logits_processor=lambda logits_V, output_T: logits_V).process(torch.zeros(3))
+    assert seen[-1].tolist() == [4, 5]
 
 
 def test_matrices_of_other_shapes_are_refused():

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -366,10 +367,9 @@ def test_threads_that_an_engine_leaves_out_are_not_missed_by_others():
 
 
 @pytest.mark.parametrize(
-    ("shape", "is_dynamic", "is_tuned"),
-    [((1, 1, 6), False, True), ((1, 6), False, True), ((2, 1, 6), False, False), ((1, 11, 6), True, False)],
+    ("rows", "tunes_one_row", "is_tuned"), [(1, True, True), (2, True, False), (11, True, False), (1, False, False)]
 )
-def test_kernels_are_tuned_for_one_row_alone(shape, is_dynamic, is_tuned, monkeypatch):
+def test_kernels_are_tuned_for_one_row_of_a_part_that_asks_for_it(rows, tunes_one_row, is_tuned, monkeypatch):
     """On CUDA: dozens of variants of each kernel take long to compile, and make only one-row products faster."""
     given = {}
 
@@ -380,10 +380,43 @@ def test_kernels_are_tuned_for_one_row_alone(shape, is_dynamic, is_tuned, monkey
     monkeypatch.setattr(torch, "compile", compile_nothing)
     compiler = StepCompiler(True, CPU)
     compiler._is_cuda = True
-    part = compiler.part(lambda module, x: x + 1, dynamic=({1: (Dynamic(11),)},) if is_dynamic else ())
-    part(None, torch.zeros(shape))
+    part = compiler.part(lambda module, x: x + 1, dynamic=({0: (Dynamic(11, 3),)},), tunes_one_row=tunes_one_row)
+    part(None, torch.zeros(rows, 1, 6))
     assert given.get("coordinate_descent_tuning", False) == is_tuned
     assert ("triton.enable_pdl" in given) == ("triton.enable_pdl" in torch._inductor.list_options())  # not in 2.9
+
+
+def test_without_memory_to_compile_a_form_it_alone_runs_uncompiled(monkeypatch):
+    """Examples of a layer's cache may not fit beside the cache."""
+    compile, failing = StepCompiler.compile, [torch.OutOfMemoryError("in code"), InductorError()]
+
+    def compile_or_fail(self, *arguments):
+        if failing:
+            raise failing.pop(0)
+        return compile(self, *arguments)
+
+    monkeypatch.setattr(StepCompiler, "compile", compile_or_fail)
+    compiler, [module, *_] = StepCompiler(True, CPU), layers()
+    part = compiler.part(scaled)
+    for rows in (2, 3, 4):
+        x = random_tensor(rows, 6)
+        with pytest.warns(UserWarning, match="uncompiled, slower: in") if rows < 4 else contextlib.nullcontext():
+            assert_near(part(module, x, x), scaled(module, x, x))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_near(part(module, x, x), scaled(module, x, x))
+    assert compiler.compilations == 1
+    failing.append(ValueError("another"))
+    with pytest.raises(ValueError, match="another"):
+        part(module, random_tensor(5, 6), random_tensor(5, 6))
+
+
+class InductorError(Exception):
+    """An error as of Inductor's, around its cause."""
+
+    def __init__(self):
+        super().__init__("in the compiler")
+        self.inner_exception = torch.OutOfMemoryError("in the compiler")
 
 
 def test_unknown_mode_is_refused():

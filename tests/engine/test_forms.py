@@ -5,14 +5,17 @@ For CUDA devices tensors have no memory ("meta") and the sizes of released model
 """
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from conftest import engine_of, randomized, small_config
 
-from qwen3fast.engine import StepKind
+from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
+from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.dynamic_sizes import Dynamic
 from qwen3fast.engine.parts import CHUNK_SIZES, MAX_ELEMENTS, Forward, Parts, chunk_sizes, row_ranges
@@ -31,23 +34,6 @@ from qwen3fast.sampling.samplers import SamplerKind
 CPU, META = torch.device("cpu"), torch.device("meta")
 ROWS = 6
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "hidden_size": 64}
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The graphs that `torch.compile` made: one for each form, unless a form was compiled again."""
-    compile, graphs = torch.compile, []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def traced(function, fullgraph, dynamic, options):
-        kept = {"guard_filter_fn": options["guard_filter_fn"]}
-        return compile(function, fullgraph=fullgraph, dynamic=dynamic, backend=backend, options=kept)
-
-    monkeypatch.setattr(torch, "compile", traced)
-    return graphs
 
 
 def prefill(engine, size, start, prompts=1, length=None):
@@ -136,6 +122,72 @@ def test_on_cuda_the_forms_of_one_chunk_and_two_batches_serve_all(size, quantiza
             for size in CHUNK_SIZES:
                 prefill(engine, size, later)
     assert engine.compiler.compilations == len(graphs)
+
+
+class Recorder:
+    """Makes a graph of a step by running it, as capture does."""
+
+    def warm_up(self, step):
+        step()
+
+    def record(self, step):
+        step()
+        return step
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Return a function that makes a whole engine as for CUDA devices, on tensors without memory."""
+    triton = pytest.importorskip("triton", reason="the triton package is not installed")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)  # the fused step asks for a CUDA device or this
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "meta")
+    monkeypatch.setattr(cuda, "_has_flash", True)
+    monkeypatch.setattr("qwen3fast.engine.engine.move_to_huge_pages", lambda *_: None)
+    monkeypatch.setattr("qwen3fast.engine.fused_step.compile_ahead", lambda steps: steps())
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: [0] * len(tensor))  # no numbers to read
+
+    def make(size, rows, length, fused, quantization=None):
+        monkeypatch.setenv("QWEN3FAST_FUSED_STEP", "1" if fused else "0")
+        config = replace(ModelConfig.named(size), num_hidden_layers=2)
+        model = build_on_meta(config)
+        if quantization is not None:
+            quantize_model(model, quantization, config.dtype)
+        engine = Engine(model, StaticKVCache(config, rows, length, torch.bfloat16, META), META)
+        engine.compiler._is_cuda = True
+        engine._use_graphs(GraphCache(Recorder()))
+        engine.in_flight = MagicMock()
+        return engine
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("rows", "fused", "forms", "captured"),
+    [(1, True, 4, 13), (8, True, 7, 28), (1, False, 9, 13), (8, False, 17, 28), (16, True, 9, 31)],
+)
+def test_on_cuda_warmup_makes_all_forms_and_graphs(rows, fused, forms, captured, on_cuda, graphs):
+    """Of prompts for one and for several, of steps for one row and for more.
+
+    Kernels are tuned for blocks of steps of one row alone.
+    """
+    engine = on_cuda("0.6b", rows, 4096, fused)
+    assert (engine.parts.fused_step is not None) == fused
+    page = (Path(__file__).parents[2] / "docs" / "how_it_works" / "compilation.md").read_text(encoding="utf-8")
+    assert not fused or f"\n| {rows} | {forms} | {captured} |\n" in page
+    engine.warmup()
+    assert (engine.compiler.compilations, len(engine.graphs)) == (forms, captured)
+    assert len(graphs) == forms and graphs.tuned == (not fused)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in CHUNK_SIZES:
+            for prompts in range(2, engine.max_prompts(size) + 1):
+                engine.prefill_together([engine.begin_prefill(row, [0] * size) for row in range(prompts)])
+            for prompt in (size, 4096 - size, 700 + size):
+                engine.prefill_whole(0, [0] * prompt)
+        for batch in range(1, rows + 1):
+            for sampler in SamplerKind:
+                for used in (1, 128, 129, 4096):
+                    engine.decode(batch, used, StepKind(sampler))
+    assert (engine.compiler.compilations, len(engine.graphs)) == (forms, captured)
 
 
 @pytest.mark.parametrize(

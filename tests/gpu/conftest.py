@@ -9,6 +9,7 @@ against the reference's logits, since sums round differently: a token is right i
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import signal
 import time
@@ -27,7 +28,9 @@ from qwen3fast.model import Qwen3
 DEVICE = torch.device(os.environ.get("GPU_TESTS_ON", "cuda"))
 MAX_SEQ_LEN, SLOTS = 600, 4
 MODES = {"eager": (False, False), "compiled": (True, False), "graphs": (True, True)}
-TEST_S = 120  # the longest that one test may take, its fixtures included
+# The longest that one test may take, and its fixtures. With nothing compiled before, a one-row block of steps (without
+# the fused step) takes most of it: about ten kernels, dozens of variants of each (coordinate_descent_tuning).
+TEST_S = 180
 FOLDER_S = 330  # after which the tests that are left are skipped
 # Most important first.
 ORDER = ("test_steps", "test_tokens", "test_prefill", "test_quantized", "test_adapters_on_gpu", "test_nccl")
@@ -131,6 +134,22 @@ def prompts() -> list[list[int]]:
     """Return prompts of lengths on both sides of the chunks' and buckets' borders."""
     rng = torch.Generator().manual_seed(1)
     return [torch.randint(97, (n,), generator=rng).tolist() for n in (1, 31, 33, 127, 130, 255, 300, 520)]
+
+
+@contextmanager
+def nothing_compiles() -> Iterator[None]:
+    """Let the block fail if `torch.compile` compiles in any thread, or Triton does (3.6 and newer tell)."""
+    compiled: list[str] = []
+    knobs: object = None
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+
+        knobs = getattr(getattr(triton, "knobs", None), "runtime", None)
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.MonkeyPatch.context() as patches:
+        if hasattr(knobs, "jit_cache_hook"):
+            patches.setattr(knobs, "jit_cache_hook", lambda *, repr, **_: compiled.append(repr))  # None: it goes on
+        yield
+    assert compiled == []
 
 
 def assert_captured(generator: Generator) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import test_torch_range as tool
 
-PYPROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_versions_are_those_of_the_stated_range():
@@ -18,6 +19,13 @@ def test_versions_are_those_of_the_stated_range():
     }  # fmt: skip
     with pytest.raises(ValueError, match="no dependency of the form"):
         tool.stated_range('dependencies = ["torch"]')
+
+
+def test_continuous_integration_has_all_of_them():
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    assert all(f"torch: {name} }}" in workflow for name in ("oldest", f'"{tool.MIDDLE}"')) and "[newest]" in workflow
+    table = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    assert f"the oldest and the newest PyTorch of the range in `pyproject.toml`, and with {tool.MIDDLE} |" in table
 
 
 def test_packages_beside_torch_are_those_of_the_package_and_its_tests():

@@ -24,7 +24,7 @@ RUNS = {
     "others": ([f"tests/gpu/test_{name}.py" for name in ("prefill", "quantized", "adapters_on_gpu", "nccl")], 1.0),
 }
 SPARE_S = 10.0  # of the part, for ending processes and writing
-HANGING_S = 100  # after which pytest writes where a test hangs
+HANGING_S = 160  # after which pytest writes where a test hangs
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", re.MULTILINE)
 IN_PARALLEL = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL) (.+?) *$", re.MULTILINE)
 CAUSES = re.compile(rf"^{CAUSE}(\S+::.+?): (.*)$", re.MULTILINE)

@@ -13,7 +13,7 @@ from math import exp, log
 from statistics import median
 
 from qwen3fast.bench.harness import Group
-from qwen3fast.bench.measure import MODES, is_cached
+from qwen3fast.bench.measure import MODES, is_cached, is_compiled
 from qwen3fast.bench.metrics import duration, short
 from qwen3fast.bench.record import Record
 from qwen3fast.bench.session import Preparation, Session
@@ -21,7 +21,7 @@ from qwen3fast.bench.statistics import ratio
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns, line_of
 
-LONG = 512  # tokens: longer prompts are not warmed up, since they take seconds and all modes ran for their check
+LONG = 512  # tokens: longer prompts are not warmed up on CPUs: they take seconds, and all modes ran for their check
 FAULT = 1.05  # a cached prefill may take this much longer than a forward pass without a cache: noise
 # The modes in which a speed with (True) or without the cache is looked up, best first.
 BEST_FIRST = {
@@ -43,7 +43,8 @@ def run(session: Session) -> None:
                 for mode in o.modes:
                     steps = o.new_tokens if is_cached(mode) else 0
                     task = session.task(bench, mode, format, length, batch_size, steps)
-                    tasks.append(replace(task, warms_up=length <= LONG))
+                    captures = session.device.type == "cuda" and is_compiled(mode)  # graphs, or loads kernels
+                    tasks.append(replace(task, warms_up=length <= LONG or captures))
                 title = f"{length:,} tokens" + (f", {format}" if len(o.formats) > 1 else "")
                 groups.append(Group(title + (f", batch {batch_size}" if len(o.batch_sizes) > 1 else ""), tasks))
     session.execute(preparations, groups)
