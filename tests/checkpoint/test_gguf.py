@@ -300,7 +300,7 @@ def test_layers_of_one_input_in_two_formats_run_in_one_call(tmp_path):
 
 def test_blocks_of_other_formats_do_not_share_a_compiled_form(tmp_path, monkeypatch):
     # Compiled code is replaced by the module that it was made for: running another one with it would be seen.
-    def compile(self, function, module, tensors, dynamic):
+    def compile(self, function, module, tensors, ranges, is_tuned):
         return lambda given, *arguments: seen.append((module, given)) or function(given, *arguments)
 
     seen = []

@@ -58,7 +58,7 @@ def faster(monkeypatch):
 def uncompiled(monkeypatch):
     """Run what engines compile with operations instead: that takes no time to compile."""
 
-    def with_operations(self, function, module, tensors, ranges):
+    def with_operations(self, function, module, tensors, ranges, is_tuned):
         def run(*arguments):
             with operations():
                 return function(*arguments)

@@ -1,4 +1,4 @@
-// Cases of test_parallel.py: parallel.h as kernels use it. Ends with 0 if the case named on the command line passes.
+// Cases of test_parallel_cases.py: parallel.h as kernels use it. Ends with 0 if the case named on the command line passes.
 
 #include <sys/resource.h>
 #include <sys/wait.h>
