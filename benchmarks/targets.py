@@ -125,7 +125,8 @@ class Target:
         value, least = found
         verdict = f"**missed by {1 - value.median / self.asked:.1%}**"
         if value.median >= self.asked:
-            verdict = "met" if value.n == 1 else "in the median" if least is None or least < self.asked else "in each round"
+            verdict = "in the median" if least is None or least < self.asked else "in each round"
+            verdict = "met" if value.n == 1 else verdict
         lowest = "" if least is None else f", least {least:{self.form}}" if value.n > 1 else ", one round"
         return f"{with_interval(value, self.form)}{lowest}: {verdict}"
 

@@ -130,7 +130,7 @@ class Output:
                 Path(new.name).unlink()
                 raise
         self._file.close()
-        self._file = target.open("ab")
+        self._file = target.open("a+b")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line, and warn of fields that its request had in vain.
