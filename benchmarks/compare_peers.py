@@ -141,7 +141,7 @@ def run_format(args: argparse.Namespace, format: str, harness: Harness, record: 
 
 
 def shapes(args: argparse.Namespace) -> list[tuple[str, int]]:
-    """Return what is measured of each format: decoding at each context, and each prefill."""
+    """Return the lengths that each format is measured at: decoding at each context, and each prefill."""
     return [("decode", n) for n in args.contexts] + [("prefill", n) for n in args.prefill]
 
 

@@ -1,4 +1,4 @@
-"""What was asked of the speed, and what the records show of it on each kind of processor.
+"""Targets for the speed, and the records' figures on each kind of processor.
 
 A ratio is taken within a round, in which all engines got the same prompt: our speed over the fastest other engine's, in
 whichever setting was the fastest of that round. Intervals are the median's, see `qwen3fast.bench.statistics`.
@@ -71,12 +71,15 @@ def beside(record: Record, shape: Shape, peer: str = "") -> Beside | None:
         if {"format": format, "what": what, "context": context}.items() <= case.labels.items():
             speeds[str(case.labels["engine"])] = _values(case, f"{what}_tok_s")
     own = speeds.get(OURS)
+    if not own:
+        return None
     # Variants of ours, such as "qwen3fast int8 cache", are neither.
-    others = {e: values for e, values in speeds.items() if e.split(" ")[0] != OURS and e.startswith(peer)}
-    if not own or not others:
+    names = [e for e in speeds if e.split(" ")[0] != OURS and e.startswith(peer)]
+    others = {e: speeds[e][: len(own)] for e in names if len(speeds[e]) >= len(own)}  # others lack some of our rounds
+    if not others:
         return None
     best, engine = max((median(values), engine) for engine, values in others.items())
-    ratios = [mine / max(theirs) for mine, *theirs in zip(own, *others.values(), strict=False)]  # interrupted runs
+    ratios = [mine / max(theirs) for mine, *theirs in zip(own, *others.values(), strict=True)]
     return Beside(median(own), best, engine, ratios)
 
 
@@ -123,6 +126,7 @@ class Target:
         verdict = f"**missed by {1 - value.median / self.asked:.1%}**"
         if value.median >= self.asked:
             verdict = "in the median" if least is None or least < self.asked else "in each round"
+            verdict = "met" if value.n == 1 else verdict
         lowest = "" if least is None else f", least {least:{self.form}}" if value.n > 1 else ", one round"
         return f"{with_interval(value, self.form)}{lowest}: {verdict}"
 

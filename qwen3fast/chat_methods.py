@@ -72,12 +72,14 @@ class ChatMethods:
         enable_thinking: bool = True,
         tools: Tools | None = None,
         continue_final_message: bool | str = False,
-        on_overflow: Overflow = "error",
+        on_overflow: Overflow | None = "error",
+        max_seq_len: int | None = None,
     ) -> list[int]:
         """Return the prompt of a conversation as token ids, for the methods that take a prompt.
 
         It warns once about greedy decoding with reasoning.
-        on_overflow: for a conversation that is surely longer than max_seq_len: "cut" leaves its end, still too long.
+        on_overflow: for a conversation that is surely longer than max_seq_len (by default the Generator's): "cut"
+        leaves its end, still too long; None is "error" where "cut" is no choice.
         Raises: ValueError without a chat template, for malformed messages, or for "error".
         """
         if self.tokenizer is None:
@@ -97,4 +99,4 @@ class ChatMethods:
             messages, tools, enable_thinking=enable_thinking, continue_final_message=continue_final_message
         )
         text = checked_text("the output of the chat template", text)
-        return self.tokenizer.encode(fitting_text(text, self.tokenizer, self.max_seq_len, on_overflow))
+        return self.tokenizer.encode(fitting_text(text, self.tokenizer, max_seq_len or self.max_seq_len, on_overflow))

@@ -122,7 +122,7 @@ class Embedder(TextModel):
         normalize: bool | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Return one vector for each row of `token_ids`; the other arguments and errors are those of `encode`."""
+        """Return one vector for each row of `token_ids`; other arguments and errors as in `encode`."""
         normalize = self._settings.normalize if normalize is None else checked_flag("normalize", normalize)
         size = self.config.hidden_size
         dimensions = size if dimensions is None else checked_integer("dimensions", dimensions, 1, size)

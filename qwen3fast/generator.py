@@ -98,6 +98,7 @@ class Generator(ChatMethods, AdapterMethods):
         self.default_params = SamplingParams.from_generation_config(preset)
         eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
         eos_ids |= tokenizer.eos_ids if tokenizer else frozenset()
+        eos_ids = frozenset(i for i in eos_ids if i < config.vocab_size)  # a model cannot write others
         engine = on_live_threads(self._make_engine)
         self._dispatcher = Dispatcher(engine, self.options.max_queue, self.options.prefix_reuse)
         worker = self._dispatcher.worker

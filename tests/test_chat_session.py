@@ -409,10 +409,11 @@ def test_a_closed_generator_says_so():
 @pytest.mark.parametrize("mode", ["exact", "append"])
 def test_a_full_session_is_cut_where_this_is_asked_for(tiny, mode):
     session = ChatSession(tiny, mode=mode)
-    long = "What is 17 + 25? " * (2 * tiny.max_seq_len)  # too long to be encoded
+    session.send("caf\u00e9", GREEDY)
+    long = "What is 17 + 25? " * (2 * tiny.max_seq_len) + "aaaaa"  # too long to be encoded
     for question in (QUESTIONS[0], long):
         with pytest.raises(ValueError, match="pass on_overflow='cut'"):
             session.send(long, GREEDY)
         result = session.send(question, GREEDY, on_overflow="cut")
         assert result.token_ids and session.messages[-2]["content"] == question
-    assert session.send(QUESTIONS[0], GREEDY, on_overflow="cut").token_ids and len(session.messages) == 6
+    assert session.send(QUESTIONS[0], GREEDY, on_overflow="cut").token_ids and len(session.messages) == 8

@@ -144,6 +144,21 @@ def test_generate_refuses_bad_prompts(generator, prompt, message):
     assert generator.generate("still works", GREEDY).token_ids
 
 
+def test_a_score_does_not_advise_to_cut(model, tokenizer):
+    with Generator(model, tokenizer, max_seq_len=16, compile=False) as generator:
+        for pair in (("a" * 10**5, "b"), ("a", "b" * 10**5)):
+            with pytest.raises(ValueError, match=r"\(100,000 characters\) has more than 16 tokens; shorten it$"):
+                generator.score(*pair)
+
+
+def test_an_eos_token_outside_the_models_vocabulary_does_not_count(tokenizer):
+    pytest.importorskip("llguidance")
+    [end] = tokenizer.eos_ids
+    model = randomized(small_config(vocab_size=end, num_hidden_layers=1, eos_token_ids=(3,)))
+    with Generator(model, tokenizer, max_seq_len=64, compile=False) as generator:
+        assert generator.generate([5], SamplingParams(regex="a")).finish_reason == "stop"
+
+
 def test_the_tokenizers_eos_token_ends_replies_where_no_config_names_one(model, tokenizer):
     config = replace(model.config, eos_token_ids=())
     [end] = tokenizer.eos_ids

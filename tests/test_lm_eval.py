@@ -37,12 +37,24 @@ def windows(token_list, prefix_token, max_seq_len, context_len):
         yield context + token_list[begin : end - 1], token_list[begin:end]
 
 
+def disjoint(pair):
+    """Leave out the context's tokens that are predicted."""
+    return pair[0][: len(pair[0]) - len(pair[1]) + 1], pair[1]
+
+
+def test_windows_of_the_stand_in_are_the_harness_own():
+    utils = pytest.importorskip("lm_eval.utils")
+    for length in (1, 39, 40, 41, 80, 95):
+        sizes = {"token_list": list(range(length)), "prefix_token": 999, "max_seq_len": 40, "context_len": 1}
+        expected = list(map(utils.make_disjoint_window, utils.get_rolling_token_windows(**sizes)))
+        assert list(map(disjoint, windows(**sizes))) == expected
+
+
 @pytest.fixture
 def adapter(monkeypatch):
     """The module, on stand-ins."""
     names = {"lm_eval": {}, "lm_eval.api": {}, "lm_eval.api.model": {"TemplateLM": StandIn}}
     names["lm_eval.api.registry"] = {"register_model": lambda name: lambda cls: cls}
-    disjoint = lambda pair: (pair[0][: len(pair[0]) - len(pair[1]) + 1], pair[1])  # noqa: E731
     names["lm_eval.utils"] = {"get_rolling_token_windows": windows, "make_disjoint_window": disjoint}
     for name, attributes in names.items():
         monkeypatch.setitem(sys.modules, name, ModuleType(name))

@@ -21,7 +21,7 @@ class ModelConfig:
         head_dim: a field of its own: in Qwen3-0.6B it is 128, although hidden_size / num_attention_heads is 64.
         tie_word_embeddings: the output projection shares the embedding's matrix.
         dtype: of the weights, as the checkpoint stores them.
-        eos_token_ids: end a reply; the Generator adds those of generation_config.json and of the tokenizer.
+        eos_token_ids: end a reply; the Generator adds the ids in generation_config.json and in the tokenizer.
         yarn: the scaling of RoPE; None for none.
         num_experts, num_experts_per_tok: routed experts per layer, and active ones per token.
         norm_topk_prob: the weights of a token's active experts sum to 1.

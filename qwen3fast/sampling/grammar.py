@@ -64,8 +64,8 @@ class GrammarCompiler:
         if not isinstance(parsed, dict):
             raise ValueError(f"a JSON schema must be an object such as {{'type': 'object'}}, got {text[:100]}")
         # A schema may carry llguidance's own options under "x-guidance", as the one of forced tool calls does.
-        options = None if "x-guidance" in parsed else {"whitespace_pattern": JSON_WHITESPACE}
-        definition = self._llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
+        options = {"whitespace_pattern": JSON_WHITESPACE}
+        definition = self._llguidance.LLMatcher.grammar_from_json_schema(text, defaults=options)
         return self._compile(definition, "JSON schema")
 
     def regex(self, pattern: str) -> Grammar:

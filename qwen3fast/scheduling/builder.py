@@ -127,7 +127,7 @@ class RequestBuilder:
         Raises: as `build`.
         """
         self._worker.check_caller()
-        about = (self._tokenizer, self._vocab_size, self._max_seq_len)
+        about = (self._tokenizer, self._vocab_size, self._max_seq_len, None)
         ids, continuation_ids = prompt_to_ids(prompt, *about), prompt_to_ids(continuation, *about, name="continuation")
         needed = len(ids) + len(continuation_ids) + 1
         if needed > self._max_seq_len:

@@ -61,18 +61,19 @@ def build_each(build: Callable[..., Built], prompts: Iterable[tuple[Any, ...]], 
 
 
 def fitting_text(
-    text: str, tokenizer: Tokenizer, max_seq_len: int, on_overflow: Overflow = "error", name: str = "prompt"
+    text: str, tokenizer: Tokenizer, max_seq_len: int, on_overflow: Overflow | None = "error", name: str = "prompt"
 ) -> str:
     """Return a text that is not surely too long to fit: encoding a long one takes memory and holds up all threads.
 
-    on_overflow: "cut" leaves an end that is surely longer than what fits.
-    Raises: ValueError for "error".
+    on_overflow: "cut" leaves an end that is surely longer than what fits; None is "error" where "cut" is no choice.
+    Raises: ValueError for "error" and None.
     """
-    most = tokenizer.max_chars(text, max_seq_len)
-    if len(text) <= most:
-        return text
     if on_overflow == "cut":
-        return text[-2 * most :]
+        return tokenizer.long_end(text, max_seq_len)
+    if len(text) <= tokenizer.max_chars(text, max_seq_len):
+        return text
+    if on_overflow is None:
+        raise ValueError(f"{name} ({len(text):,} characters) has more than {max_seq_len} tokens; shorten it")
     raise ValueError(f"{name} ({len(text):,} characters, so more than {max_seq_len} tokens) exceeds max_seq_len "
                      f"{max_seq_len}; shorten it, or pass on_overflow='cut' (--on-overflow cut)")  # fmt: skip
 
@@ -82,7 +83,7 @@ def prompt_to_ids(
     tokenizer: Tokenizer | None,
     vocab_size: int,
     max_seq_len: int | None = None,
-    on_overflow: Overflow = "error",
+    on_overflow: Overflow | None = "error",
     name: str = "prompt",
 ) -> list[int]:
     """Return the token ids of one prompt: a text, or an iterable of ids, read once.

@@ -64,7 +64,7 @@ def create_app(models: dict[str, AnyModel], options: ServerOptions | None = None
 
     cross_origin = []
     if origins := state.options.allow_origins:
-        exposed = [REQUEST_ID, IGNORED_HEADER]
+        exposed = [REQUEST_ID, IGNORED_HEADER, "Retry-After"]
         allow: dict[str, Any] = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
         cross_origin = [Middleware(CORSMiddleware, **allow, expose_headers=exposed)]
 

@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 
 from qwen3fast.files import file_to_read, file_to_write
 from qwen3fast.server.app import create_app
-from qwen3fast.server.jobs import BatchJob, answered, is_answer, read_jobs
+from qwen3fast.server.jobs import BatchJob, answered, id_of_line, is_answer, read_jobs
 from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.ray_batch import add_ray_arguments, answers
@@ -34,43 +34,103 @@ OPTIONS = ServerOptions(request_timeout_s=86_400.0, compile_timeout_s=60)
 BEGINNINGS = (b'{"key": "', b'{"id": "batch_req')  # of lines of the output, see `BatchJob.answer`
 
 
+def _to_line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
 class Output:
     """The output file: lines that are there already, and new ones, each on the disk before the next begins.
 
-    done: the ids of requests with a reply. ignored: the names of ignored fields.
+    rest: the jobs without a reply. ignored: the names of ignored fields.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open for appending; errors are taken out, and half a line at the end, of a run that was killed."""
-        self.done: set[str] = set()
+    def __init__(self, path: Path, jobs: list[BatchJob]) -> None:
+        """Read the file, which is created if need be; `begin` changes it.
+
+        Raises: ValueError for a file of something else; OSError if it cannot be written.
+        """
         self.ignored: set[str] = set()
-        kept: list[tuple[int, int]] = []  # begin and end of replies
-        with file_to_write(path).open("a+b") as file:
-            file.seek(0)
-            length = 0
-            for raw in file:
-                if not raw.endswith(b"\n") and any(raw[: len(begin)] == begin[: len(raw)] for begin in BEGINNINGS):
+        self._has_begun = False
+        self._path, self._file = file_to_write(path), path.open("a+b")
+        try:
+            self._read(jobs)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self, jobs: list[BatchJob]) -> None:
+        replies: dict[str, tuple[int, int, str]] = {}  # begin, end and name, by the request's id
+        older: dict[str, tuple[int, int, str]] = {}  # by name: custom_id or line number
+        end = 0
+        self._file.seek(0)
+        for raw in self._file:
+            begin, end = end, end + len(raw)
+            is_whole = raw.endswith(b"\n")
+            try:
+                row = json.loads(raw)
+                id, name = id_of_line(row)
+            except (ValueError, KeyError, TypeError, RecursionError) as err:
+                is_cut = not is_whole and isinstance(err, ValueError)  # no JSON, of a run that was killed
+                if is_cut and any(x.startswith(raw[: len(x)]) for x in BEGINNINGS):
                     break
-                try:
-                    row = json.loads(raw)
-                    key = row["custom_id"] if "response" in row else row["key"]  # only this command's lines have one
-                    if is_answer(row):
-                        self.done.add(row.get("id", key))
-                        kept.append((length, length + len(raw)))
-                except (ValueError, KeyError, TypeError) as err:
-                    raise ValueError(
-                        f"{path} has lines that are not replies of this command; choose another output file"
-                    ) from err
-                length += len(raw)
-            file.truncate(length)
-            if sum(end - begin for begin, end in kept) < length:
-                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as new:
-                    for begin, end in kept:
-                        file.seek(begin)
-                        new.write(file.read(end - begin))
-                shutil.copymode(path, new.name)
-                Path(new.name).replace(path)
-        self._file = path.open("ab")
+                raise ValueError(
+                    f"{self._path} has lines that are not replies of this command; choose another output file"
+                ) from err
+            if is_whole and is_answer(row):
+                (older if id is None else replies).setdefault(id or name, (begin, end, name))
+        self.rest: list[BatchJob] = []
+        self._kept: list[tuple[int, int, str | None]] = []  # begin, end, and the line number if it has changed
+        num_replies, num_older = len(replies) + len(older), len(older)
+        for job in jobs:
+            found = replies.get(job.id) or older.pop(job.custom_id or str(job.line), None)
+            if found is None:
+                self.rest.append(job)
+            else:
+                line = str(job.line)
+                is_moved = job.id in replies and not job.is_openai and found[2] != line
+                self._kept.append((*found[:2], line if is_moved else None))
+        self._kept.sort()
+        if len(older) < num_older:
+            print(f"warning: {self._path} has replies of an earlier version; requests that have changed since are not "
+                  "answered again", file=sys.stderr)  # fmt: skip
+        if num_replies > len(self._kept):
+            print(f"{num_replies - len(self._kept)} replies to other requests will be removed", file=sys.stderr)
+
+    def begin(self) -> None:
+        """Remove all but the replies to the jobs from the file: half a line, errors, and replies to other requests.
+
+        Raises: OSError naming the file, which keeps them then.
+        """
+        if self._has_begun:
+            return
+        end = 0
+        for begin, next_end, line in self._kept:
+            if begin != end or line is not None:
+                break
+            end = next_end
+        with self._named():
+            if self._kept and end < self._kept[-1][1]:
+                self._rewrite()
+            else:
+                self._file.truncate(end)
+        self._has_begun = True
+
+    def _rewrite(self) -> None:
+        target = self._path.resolve()  # a link stays one
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}-", delete=False) as new:
+            try:
+                for begin, end, line in self._kept:
+                    self._file.seek(begin)
+                    raw = self._file.read(end - begin)
+                    new.write(raw if line is None else _to_line(json.loads(raw) | {"key": line}))
+                new.close()
+                shutil.copymode(target, new.name)
+                Path(new.name).replace(target)
+            except BaseException:
+                Path(new.name).unlink()
+                raise
+        self._file.close()
+        self._file = target.open("a+b")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line, and warn of fields that its request had in vain.
@@ -80,8 +140,9 @@ class Output:
         for name in set(row.get("ignored_fields", "").split(", ")) - self.ignored - {""}:
             self.ignored.add(name)
             tqdm.write(f"warning: the field {name} is ignored: it is unknown, or not supported", file=sys.stderr)
+        self.begin()
         with self._named():
-            self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            self._file.write(_to_line(row))
             self._file.flush()
 
     def close(self) -> None:
@@ -94,7 +155,7 @@ class Output:
         try:
             yield
         except OSError as err:
-            raise OSError(err.errno, err.strerror, self._file.name) from err
+            raise OSError(err.errno, err.strerror, str(self._path)) from err
 
 
 async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once: int, bar: Any) -> int:
@@ -124,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `batch` to a parser."""
     parser.add_argument("input", type=Path, help="file of requests: .jsonl, .csv or .parquet")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="file of replies, .jsonl; "
-                        "those that it holds are kept")  # fmt: skip
+                        "replies to the input that it holds are kept")  # fmt: skip
     add_model_arguments(parser)
     add_ray_arguments(parser)
 
@@ -135,11 +196,6 @@ def run(args: argparse.Namespace) -> int:
     Raises: ValueError, FileNotFoundError, FileExistsError, ImportError.
     """
     file_to_read(args.input, "a file of requests: .jsonl, .csv or .parquet")
-    with closing(Output(args.output)) as output:
-        return _answer_file(args, output)
-
-
-def _answer_file(args: argparse.Namespace, output: Output) -> int:
     jobs, bad = [], 0
     for found in read_jobs(args.input):
         if isinstance(found, BatchJob):
@@ -147,12 +203,17 @@ def _answer_file(args: argparse.Namespace, output: Output) -> int:
         else:
             bad += 1
             print(f"{args.input}:{found[0]}: {found[1]}", file=sys.stderr)
-    rest = [job for job in jobs if job.id not in output.done]
-    if len(rest) < len(jobs):
-        print(f"{len(jobs) - len(rest)} of {len(jobs)} requests were answered before", file=sys.stderr)
+    with closing(Output(args.output, jobs)) as output:
+        return _answer_jobs(args, len(jobs), bad, output)
+
+
+def _answer_jobs(args: argparse.Namespace, total: int, bad: int, output: Output) -> int:
+    rest = output.rest
+    if len(rest) < total:
+        print(f"{total - len(rest)} of {total} requests were answered before", file=sys.stderr)
     failed = 0
     if rest:
-        bar = tqdm(total=len(jobs), initial=len(jobs) - len(rest), desc="batch", unit="request")
+        bar = tqdm(total=total, initial=total - len(rest), desc="batch", unit="request")
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             failed = (_run_on_ray if args.ray else _run_here)(args, rest, output, bar)
@@ -162,6 +223,7 @@ def _answer_file(args: argparse.Namespace, output: Output) -> int:
         finally:
             signal.signal(signal.SIGTERM, before)
             bar.close()
+    output.begin()  # where nothing was written
     print(f"{len(rest) - failed} answered, {failed} failed, {bad} bad lines", file=sys.stderr)
     return 1 if failed or bad else 0
 

@@ -71,11 +71,16 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
     if prompt_logprobs is not None:
         sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=prompt_logprobs))
     usage_options, messages, stream = read_stream_options(fields), read_messages(fields), fields.flag("stream")
-    refuse_unless(fields, functions=[], function_call="none", modalities=["text"])
+    refuse_unless(fields, functions=[], modalities=["text"])
+    if fields.raw("function_call") != "auto":  # there are no functions
+        refuse_unless(fields, function_call="none")
     fields.take(*WITHOUT_EFFECT)
     continues = fields.flag("continue_final_message")
     if fields.flag("add_generation_prompt", not continues) is continues:
         raise fields.error("add_generation_prompt", "must be the opposite of continue_final_message", "invalid_value")
+    if continues and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
+        reason = "needs a final message of the assistant, without tool calls"
+        raise fields.error("continue_final_message", reason, "invalid_value")
     shape: dict[str, Any] = {"tools": tools, "max_calls": read_max_calls(fields), "continues": continues}
     return ChatRequest(served, sampling, messages, must_call, *usage_options, **shape, stream=stream)
 

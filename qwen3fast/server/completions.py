@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from qwen3fast.server.sampling import read_sampling, refuse_unless
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event
 from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
-from qwen3fast.text.tokenizer import IncrementalDecoder, Tokenizer
+from qwen3fast.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2048
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -42,6 +43,11 @@ class CompletionRequest(ReplyRequest):
     def envelope(self) -> dict[str, Any]:
         """Return the fields that every object of this completion has."""
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.served.name}
+
+    @property
+    def num_replies(self) -> int:
+        """The number of replies to all prompts."""
+        return len(self.prompts) * self.sampling.n
 
     def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
         """Return prompt and parameters of each reply; replies to the same prompt follow one another."""
@@ -132,12 +138,18 @@ class TextOffset:
     """The number of characters before each token. A character may have several tokens, which begin where it does."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decoder, self._chars = IncrementalDecoder(tokenizer, skip_special_tokens=False), 0
+        self._tokenizer, self._chars = tokenizer, 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def before(self, token_id: int) -> int:
         """Return the characters before the next token, which is this one."""
-        chars = self._chars
-        self._chars += len(self._decoder.push(token_id))
+        raw, chars = self._tokenizer.token_bytes(token_id), self._chars
+        unfinished = self._utf8.getstate()[0]
+        self._chars += len(self._utf8.decode(raw))
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(unfinished + raw[:1] if unfinished else b"")
+        except UnicodeDecodeError:  # the character before stays unfinished: it is U+FFFD
+            chars += 1
         return chars
 
 
@@ -167,7 +179,7 @@ def to_logprobs(
 async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed completion."""
     state, tokenizer = state_of(request), wanted.served.model.tokenizer
-    num_replies = len(wanted.prompts) * wanted.sampling.n
+    num_replies = wanted.num_replies
     finished: dict[int, GenerationResult] = {}
     offsets = [TextOffset(tokenizer) for _ in range(num_replies) if tokenizer is not None]
     new_tokens = [0] * num_replies

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.requests import Request
 
@@ -37,11 +38,14 @@ class Conversation(ReplyRequest):
 
     def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
         """Return prompt and parameters of each reply. Raises: ValueError for invalid messages."""
-        thinking = self.sampling.enable_thinking
-        prompt = generator_of(self.served).render(
-            self.prompts, self.sampling.params, True if thinking is None else thinking, self.tools, self.continues
-        )
+        prompt = self.render()
         return [(prompt, params) for params in self.sampling.each()]
+
+    def render(self, **limit: Any) -> list[int]:
+        """Return the prompt. limit: on_overflow and max_seq_len, as in `Generator.render`. Raises: as `jobs`."""
+        thinking = self.sampling.enable_thinking
+        about = (self.sampling.params, True if thinking is None else thinking, self.tools, self.continues)
+        return generator_of(self.served).render(self.prompts, *about, **limit)
 
     def content_and_calls(self, result: GenerationResult) -> tuple[str, list[ToolCall]]:
         """Return a reply's text for the user and its tool calls; with must_call the whole answer is one call."""

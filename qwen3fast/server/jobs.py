@@ -22,6 +22,7 @@ from qwen3fast.server.replies import new_id
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_CELL = 2**27  # characters of a CSV file's cell; Python's default is less than a long prompt
+HASHED = "batch_req_"  # ids in OpenAI's form begin so; earlier versions wrote random ones, batch_req-...
 URLS = (CHAT, COMPLETIONS, "/v1/embeddings", "/v1/responses")
 
 
@@ -59,8 +60,28 @@ class BatchJob:
 
 
 def is_answer(row: dict[str, Any]) -> bool:
-    """Return whether an output line holds a reply, not an error. Raises: KeyError, TypeError for other lines."""
-    return row["response"]["status_code"] == 200 if "response" in row else "error" not in row
+    """Return whether an output line holds a reply, not an error."""
+    return bool(row["response"]["status_code"] == 200) if "response" in row else "error" not in row
+
+
+def id_of_line(row: Any) -> tuple[str | None, str]:
+    """Return the id of the request that an output line answers, and its custom_id or line number.
+
+    The id is None where an earlier version wrote the line.
+    Raises: KeyError or TypeError for other lines.
+    """
+    if not isinstance(row, dict):
+        raise TypeError("not an object")
+    if "response" in row:
+        id, name, is_ours = row["id"], row["custom_id"], isinstance(row["response"]["status_code"], int)
+        hashed = id if str(id).startswith(HASHED) else None
+    else:
+        id = hashed = row.get("id")
+        name, error = row["key"], row.get("error")
+        is_ours = isinstance(error, dict) if "error" in row else not {"text", "message", "choices"}.isdisjoint(row)
+    if not (is_ours and isinstance(name, str) and isinstance(id, str | None)):
+        raise TypeError("not an output line")
+    return hashed, name
 
 
 async def answered(app: Starlette, job: BatchJob) -> dict[str, Any]:
@@ -138,9 +159,11 @@ def _job(line: int, row: Any) -> BatchJob:
             raise ValueError(f"method and url must be POST and one of {', '.join(URLS)}, got {url!r:.100}")
         if not isinstance(body, dict):
             raise ValueError("body must be an object")
-        return BatchJob(line, f"batch_req-{digest}", custom_id, url, {**body, "stream": False}, True)
+        return BatchJob(line, f"{HASHED}{digest}", custom_id, url, {**body, "stream": False}, True)
     if ("prompt" in row) == ("messages" in row):
         raise ValueError("needs either prompt or messages (or custom_id, method, url and body)")
     body = {name: value for name, value in row.items() if name != "custom_id"} | {"stream": False}
+    if not isinstance(custom_id, str | int | None) or isinstance(custom_id, bool):
+        raise ValueError(f"custom_id must be a string, got {custom_id!r:.100}")
     named = None if custom_id is None else str(custom_id)
     return BatchJob(line, digest, named, COMPLETIONS if "prompt" in row else CHAT, body, False)

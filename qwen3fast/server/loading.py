@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ def _find_adapters(adapters: Mapping[str, str]) -> dict[str, Path]:
 
 
 def _name_and_source(spec: str) -> tuple[str, str]:
-    name, _, source = ("", "", spec) if Path(spec).exists() else spec.partition("=")
+    name, _, source = ("", "", spec) if os.path.exists(spec) else spec.partition("=")
     if not source and name == spec:
         name, source = "", spec
     if not source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen3fast.sampling_params import MAX_COUNT
@@ -21,6 +21,15 @@ class MessagesRequest(Conversation):
     """A request for a message."""
 
     id: str = field(default_factory=lambda: new_id("msg"))
+
+    def render(self, **limit: Any) -> list[int]:
+        """Return the prompt; a final message that cannot be continued (`</think>` within it) is a turn before."""
+        try:
+            return super().render(**limit)
+        except ValueError as err:
+            if not (self.continues and str(err).startswith("continue_final_message: ")):
+                raise
+            return replace(self, continues=False).render(**limit)
 
     def envelope(self, content: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
         """Return a message object without the reason of its end."""

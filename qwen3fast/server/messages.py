@@ -17,6 +17,7 @@ from qwen3fast.server.message_request import MessagesRequest, read_conversation,
 from qwen3fast.server.replies import answer, new_id
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import event
+from qwen3fast.server.tokens import COUNTED_LENGTHS
 from qwen3fast.text.tool_calls import ToolCall
 
 
@@ -30,7 +31,8 @@ async def count_tokens(request: Request) -> Response:
     state, fields = state_of(request), await read_fields(request)
     wanted = read_conversation(fields, state.models.choose(fields, "generate"))
     headers = refuse_or_name(fields, state.options.strict)
-    [(prompt, _)] = await asyncio.to_thread(wanted.jobs)
+    most = COUNTED_LENGTHS * wanted.served.max_length
+    prompt = await asyncio.to_thread(wanted.render, on_overflow=None, max_seq_len=most)
     return JSONResponse({"input_tokens": len(prompt)}, headers=headers)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:\d+)?")  # as browsers write them
 
 
 @dataclass(frozen=True)
@@ -44,5 +47,11 @@ class ServerOptions:
                     raise ValueError(f"{name} must be 0 or a positive number, got {value!r}")
             elif name.endswith(("_s", "_bytes")) and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("api_keys", "allow_origins"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a tuple of strings, got a string")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise ValueError("an API key must be a non-empty ASCII string")
+        for origin in self.allow_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(f"an allowed origin must be * or like https://example.org, got {origin!r}")

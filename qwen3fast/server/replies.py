@@ -56,6 +56,11 @@ class ReplyRequest(ABC):
     stream: bool = field(default=False, kw_only=True)
     created: int = field(default_factory=now, kw_only=True)
 
+    @property
+    def num_replies(self) -> int:
+        """The number of replies to all prompts; a conversation is one."""
+        return self.sampling.n
+
     @abstractmethod
     def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
         """Return prompt and parameters of each reply. Raises: ValueError for prompts that cannot be rendered."""
@@ -107,11 +112,11 @@ async def started(wanted: ReplyRequest, compile_timeout_s: float) -> AsyncIterat
     handles: list[RequestHandle] = []
     generator = generator_of(wanted.served)
     is_wanted = True
+    count, most = wanted.num_replies, generator.options.max_queue
+    if count > most:
+        raise ApiError(400, f"{count} replies at once (prompts x n) exceed --max-queue {most}; ask for fewer")
     # In threads: rendering, tokenizing and compiling schemas must not hold up other clients.
     jobs = await asyncio.to_thread(wanted.jobs)
-    most = generator.options.max_queue
-    if len(jobs) > most:
-        raise ApiError(400, f"{len(jobs)} replies at once (prompts x n) exceed --max-queue {most}; ask for fewer")
 
     def start_all() -> None:
         for prompt, params in jobs:

@@ -93,7 +93,8 @@ def read_sampling(
 def refuse_unless(fields: Fields, **neutral: Any) -> None:
     """Check that fields that are not supported have the values that change nothing. Raises: ApiError (400)."""
     for name, value in neutral.items():
-        if fields.raw(name, value) != value:
+        given = fields.raw(name, value)
+        if given != value or isinstance(given, bool) != isinstance(value, bool):  # False == 0
             raise fields.error(name, f"is not supported, other than {describe(value)}", "unsupported")
 
 

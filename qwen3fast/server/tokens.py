@@ -13,6 +13,8 @@ from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.state import state_of
 
+COUNTED_LENGTHS = 16  # times the context length: clients count tokens to decide whether to shorten
+
 
 async def tokenize(request: Request) -> Response:
     """Return the token ids of a text (`prompt`) or of a conversation (`messages`).
@@ -31,7 +33,12 @@ async def tokenize(request: Request) -> Response:
         messages, (tools, _) = read_messages(fields), read_tools(fields)
         add = fields.flag("add_generation_prompt", True)
         text = str(await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add))
-    ids = await asyncio.to_thread(encode, fitting_text(text, tokenizer, served.max_length))
+    try:
+        fitting_text(text, tokenizer, COUNTED_LENGTHS * served.max_length, None)
+    except ValueError as err:
+        name = "messages" if fields.raw("prompt") is None else "prompt"
+        raise fields.error(name, str(err), "context_length_exceeded") from err
+    ids = await asyncio.to_thread(encode, text)
     with_texts = fields.flag("return_token_strs")
     headers = refuse_or_name(fields, state_of(request).options.strict)
     body = {"tokens": ids, "count": len(ids), "max_model_len": served.max_length}

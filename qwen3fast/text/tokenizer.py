@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -46,8 +47,8 @@ class Tokenizer:
         self.special_tokens = special or {}
         added = base.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        ends = (base.token_to_id(token) for name, token in self.special_tokens.items() if name == "eos_token")
-        self.eos_ids = frozenset(i for i in ends if i is not None)
+        end = base.token_to_id(self.special_tokens.get("eos_token", ""))
+        self.eos_ids = frozenset() if end is None else frozenset([end])
         self._template_name = template_name
         self._template: ChatTemplate | None = None  # the last one used
 
@@ -82,16 +83,36 @@ class Tokenizer:
         return self.base.get_vocab_size()
 
     @cached_property
-    def _longest_token(self) -> int:
-        """The characters of the longest token; of a byte-level token, each character is a byte."""
+    def _longest_token(self) -> int | None:
+        """The characters of the longest token; of a byte-level token, each character is a byte.
+
+        None if a token may stand for any number of characters: added tokens that take in whitespace around them, and
+        normalizers other than NFC, which may remove characters.
+        """
+        state = json.loads(self.base.normalizer.__getstate__()) if self.base.normalizer else {"normalizers": []}
+        kinds = {part["type"] for part in state.get("normalizers", [state])}
+        if not kinds <= {"NFC"} or any(x.lstrip or x.rstrip for x in self.base.get_added_tokens_decoder().values()):
+            return None
         return max(map(len, self.base.get_vocab(with_added_tokens=True)), default=1)
 
     def max_chars(self, text: str, num_tokens: int) -> int:
-        """Return how long a text like this one can be at most, in characters, if it has no more than so many tokens."""
+        """Return how long a text like this one can be at most, in characters, if it has no more than so many tokens.
+
+        Where there is no such limit, it is the text's own length.
+        """
         if len(text) <= num_tokens:
             return num_tokens
-        # The normalizer (NFC) makes one character of up to four; of ASCII it changes none.
+        if self._longest_token is None:
+            return len(text)
+        # NFC makes one character of up to four; of ASCII it changes none.
         return num_tokens * self._longest_token * (1 if text.isascii() else 4)
+
+    def long_end(self, text: str, num_tokens: int) -> str:
+        """Return the end of a text, surely longer than so many tokens; texts with the same end are cut alike."""
+        if self._longest_token is None:
+            return text
+        most = 2 * num_tokens * self._longest_token
+        return text[-most:] if text[-most:].isascii() else text[-4 * most :]
 
     def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
         """Return the token ids of a text. Special tokens written in it (such as <|im_end|>) become their ids.

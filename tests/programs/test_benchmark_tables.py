@@ -251,6 +251,17 @@ def test_a_ratio_is_to_the_best_other_engine_of_the_same_round(tmp_path):
     assert targets.beside(found, PREFILL, "b") is None and targets.beside(found, ("bf16", "decode", 32)) is None
 
 
+def test_engines_without_some_of_our_rounds_are_left_out(tmp_path):
+    speeds = {DECODE: {"qwen3fast": [30, 15, 28], "a": [20, 10, 10], "b": [99, 99], "none": []}}
+    write_peers(tmp_path, "x", ZEN_5, speeds | {PREFILL: {"qwen3fast": [], "a": [10]}})
+    [[found]] = targets.load_all(tmp_path).values()
+    side = targets.beside(found, DECODE)
+    assert (side.best, side.engine, len(side.ratios)) == (10, "a", 3) and targets.beside(found, PREFILL) is None
+    write_peers(tmp_path, "x", ZEN_5, {DECODE: {"qwen3fast": [30], "a": [20]}})
+    [cell] = target_cells(tmp_path).values()
+    assert cell == "1.50, one round: met"
+
+
 def test_the_front_page_has_processors_side_by_side_and_counts_wins_and_losses_of_all_lengths(tmp_path):
     write_peers(tmp_path, "x", ZEN_5, FIELD)
     level = {("bf16", "decode", 32): {"qwen3fast": [10, 12, 11], "a": [11, 11, 11]}}

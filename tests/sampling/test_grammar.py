@@ -333,6 +333,11 @@ def test_json_schema_limits_whitespace(compiler, tokenizer, allowed):
         assert token in allowed(constraint)
         constraint.accept(token)
     assert not {space, line} & set(allowed(constraint))
+    separated = {"type": "object", "x-guidance": {"item_separator": ", "}}
+    constraint = compiler.json_schema(separated).start()
+    constraint.accept(tokenizer.base.token_to_id("{"))
+    constraint.accept(space)
+    assert not {space, line} & set(allowed(constraint))  # with options of its own
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ from collections import UserDict, deque
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken, normalizers
+from tokenizers import Tokenizer as BaseTokenizer
 
 from qwen3fast.scheduling.prompt import fit_context, fitting_text, min_reply, prompt_to_ids, read_prompts
+from qwen3fast.text.tokenizer import Tokenizer
 
 IDS = [3, 1, 2]
 FORMS = {
@@ -123,6 +126,32 @@ def test_no_text_that_fits_is_refused(tokenizer, text):
     for repeats in (1, 7, 30):
         num_tokens = len(tokenizer.encode(text * repeats))
         assert fitting_text(text * repeats, tokenizer, num_tokens) == text * repeats
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "added", "text"),
+    [
+        (normalizers.NFC(), AddedToken("\u1f82" * 40, normalized=True), "\u03b1\u0313\u0300\u0345" * 40),
+        (normalizers.Sequence([]), AddedToken("<x>", lstrip=True), " " * 500 + "<x>"),
+        (None, AddedToken("<x>", rstrip=True), "<x>" + " " * 500),
+        (normalizers.Strip(), AddedToken("<x>"), "a" + " " * 500),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Replace("a", "")]), AddedToken("<x>"), "a" * 500 + "b"),
+    ],
+)
+def test_no_text_that_fits_is_refused_whatever_the_tokenizer_does(tokenizer, normalizer, added, text):
+    base = BaseTokenizer.from_str(tokenizer.base.to_str())
+    base.normalizer = normalizer
+    base.add_tokens([added])
+    own = Tokenizer(base)
+    ids = own.encode(text)
+    assert len(ids) <= 2 and fitting_text(text, own, len(ids)) == text
+    assert own.encode(fitting_text(text, own, len(ids), "cut")) == ids == own.encode(text, len(ids))
+
+
+def test_texts_with_the_same_end_are_cut_alike(tokenizer):
+    for end in ("a" * 30_000, "b" * 90_000, "\u00e9" * 90_000):
+        cut, longer = (fitting_text(text, tokenizer, 64, "cut") for text in (end, f"caf\u00e9{end}"))
+        assert longer == cut and len(cut) < len(end)
 
 
 # Cutting

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,8 @@ from qwen3fast.cli import main
 from qwen3fast.server.batch import Output
 from qwen3fast.server.jobs import BatchJob, read_jobs
 
+JOBS = [BatchJob(line, name, None, "/v1/completions", {}, False) for line, name in ((1, "one"), (2, "two"))]
+LINES = [{"key": str(job.line), "id": job.id, "text": job.id} for job in JOBS]
 OPTIONS = ["--max-batch-size", "4", "--max-seq-len", "256", "--no-warmup"]
 
 
@@ -173,7 +175,7 @@ def test_lines_that_failed_or_changed_are_answered_by_the_next_run(tmp_path, cap
     assert main(command) == 0
     assert "2 of 5 requests were answered before" in capsys.readouterr().err
     found = read_lines(target)
-    assert len(found) == 6  # with the first of the two lines that were equal
+    assert sorted(row.get("key", row.get("custom_id")) for row in found) == ["1", "2", "5", "mine", "other"]
     assert [row["prompt"] for row in found if "prompt" in row].count("changed") == 1
     assert [row["response"]["status_code"] for row in found if "response" in row] == [200, 200]
 
@@ -181,47 +183,120 @@ def test_lines_that_failed_or_changed_are_answered_by_the_next_run(tmp_path, cap
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     path = tmp_path / "out.jsonl"
-    output = Output(path)
-    output.write({"key": "1", "text": "one"})
-    output.write({"key": "2", "text": "two"})
+    output = Output(path, JOBS)
+    output.write(LINES[0])
+    output.write(LINES[1])
     output.close()
     path.write_bytes(path.read_bytes()[:-cut])
-    again = Output(path)
-    assert again.done == {"1"}
-    again.write({"key": "2", "text": "two"})
+    again = Output(path, JOBS)
+    assert again.rest == JOBS[1:]
+    again.write(LINES[1])
     again.close()
-    assert read_lines(path) == [{"key": "1", "text": "one"}, {"key": "2", "text": "two"}]
+    assert read_lines(path) == LINES
 
 
 def test_a_full_disk_is_told_with_the_file_and_half_a_line_is_written_again(tmp_path):
     resource = pytest.importorskip("resource")
     path = tmp_path / "out.jsonl"
-    output = Output(path)
-    output.write({"key": "1", "text": "one"})
+    output = Output(path, JOBS)
+    output.write(LINES[0])
     whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 7, limits[1]))  # as a full disk: a line is written in part
     try:
-        for step in (lambda: output.write({"key": "2", "text": "two"}), output.close):
+        for step in (lambda: output.write(LINES[1]), output.close):
             with pytest.raises(OSError, match=f"File too large: '{path}'"):
                 step()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == whole + b'{"key":'
-    again = Output(path)
-    assert again.done == {"1"} and path.read_bytes() == whole
-    again.close()
+    with closing(Output(path, JOBS)) as again:
+        assert again.rest == JOBS[1:]
+        again.begin()
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
     "notes",
-    ["my notes\nmore\n", "my notes", '["my notes"]\n{"more"', '{"error": "a"}\n', '{"prompt": "a"}', '{"more"'],
+    [
+        "my notes\nmore\n",
+        "my notes",
+        '["my notes"]\n{"more"',
+        '{"error": "a"}\n',
+        '{"prompt": "a"}',
+        '{"more"',
+        '{"key": "a", "error": "my notes"}\n',
+        '{"key": "a", "error": "my notes"}',
+        '{"key": "a"}\n',
+        '{"key": 1, "text": "a"}\n',
+        '{"id": "a", "custom_id": "a", "response": {}}\n',
+    ],
 )
 def test_a_file_of_something_else_is_not_overwritten(tmp_path, notes):
     path = tmp_path / "notes.txt"
     path.write_text(notes)
     with pytest.raises(ValueError, match="not replies of this command"):
-        Output(path)
+        Output(path, JOBS)
     assert path.read_text() == notes
+
+
+def run_batch(tmp_path: Path, rows: list, target: Path | None = None) -> list[dict]:
+    """Answer lines and return the output."""
+    source, target = write_lines(tmp_path / "in.jsonl", rows), target or tmp_path / "out.jsonl"
+    assert main(["batch", str(source), "-o", str(target), *OPTIONS]) == 0
+    return read_lines(target)
+
+
+def test_changed_inserted_and_removed_lines_leave_one_reply_per_line(tmp_path, capsys):
+    a, b, c, new = ({"prompt": prompt, "max_tokens": 1} for prompt in ("a", "b", "c", "new"))
+    for rows, before in (([a, b], 0), ([new, b], 1), ([c, new, b], 2), ([b], 1), ([a, b, b], 1)):
+        found = run_batch(tmp_path, rows)
+        assert {row["key"]: row["prompt"] for row in found} == {str(i): r["prompt"] for i, r in enumerate(rows, 1)}
+        assert len(found) == len(rows)
+        assert (f"{before} of {len(rows)} requests were answered before" in capsys.readouterr().err) is (before > 0)
+
+
+def test_replies_of_an_earlier_version_are_kept_by_their_line_or_custom_id(tmp_path, capsys):
+    body = {"prompt": "c", "max_tokens": 1}
+    form = {"method": "POST", "url": "/v1/completions", "body": body}
+    rows = [body, {**body, "custom_id": "b"}, *({"custom_id": name, **form} for name in ("c", "d"))]
+    older = [{"key": "1", "text": "old"}, {"key": "b", "text": "old"}, {"key": "9", "error": {"message": "no"}}]
+    older.append({"id": f"batch_req-{'0' * 32}", "custom_id": "c", "response": {"status_code": 200}, "error": None})
+    write_lines(tmp_path / "out.jsonl", older)
+    for _ in range(2):
+        found = run_batch(tmp_path, rows)
+        assert found[:3] == [older[0], older[1], older[3]] and [row["custom_id"] for row in found[3:]] == ["d"]
+        assert capsys.readouterr().err.count("has replies of an earlier version") == 1
+
+
+def test_a_link_stays_one_and_a_failed_rewrite_leaves_everything(tmp_path, monkeypatch, capsys):
+    target, link = tmp_path / "real" / "out.jsonl", tmp_path / "out.jsonl"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    rows = [{"prompt": prompt, "max_tokens": 1} for prompt in "ab"]
+    run_batch(tmp_path, rows, link)
+    whole = target.read_bytes()
+    write_lines(tmp_path / "in.jsonl", rows[1:])
+    command = ["batch", str(tmp_path / "in.jsonl"), "-o", str(link), *OPTIONS]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copymode", lambda *_: (_ for _ in ()).throw(OSError(5, "no disk")))
+        assert main(command) == 1
+    assert "no disk: '" in capsys.readouterr().err
+    assert [path.name for path in target.parent.iterdir()] == ["out.jsonl"] and target.read_bytes() == whole
+    assert main(command) == 0
+    assert link.is_symlink() and [row["prompt"] for row in read_lines(target)] == ["b"]
+
+
+def test_the_output_stays_as_it_is_until_something_is_written(tmp_path, capsys):
+    target = write_lines(tmp_path / "out.jsonl", [LINES[0], {"key": "2", "error": {"message": "no"}}, '{"key": "3'])
+    whole, source = target.read_bytes(), write_lines(tmp_path / "in.jsonl", [{"prompt": "new"}])
+    assert main(["batch", str(source), "-o", str(target), "--model", str(tmp_path / "none"), *OPTIONS]) == 2
+    assert target.read_bytes() == whole
+
+
+@pytest.mark.parametrize("custom_id", [["a"], {"a": 1}, True, 1.5])
+def test_a_custom_id_that_is_no_text_is_refused(tmp_path, custom_id):
+    [(line, message)] = read_jobs(write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "custom_id": custom_id}]))
+    assert line == 1 and message.startswith("custom_id must be a string, got")
 
 
 def test_an_interrupted_batch_goes_on_without_losing_or_doubling_a_line(tmp_path):

@@ -91,6 +91,17 @@ def small():
 def test_a_request_with_more_replies_than_the_queue_is_told_so(small):
     reply = small[1].post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 1})
     assert reply.status_code == 400 and "2 replies at once (prompts x n) exceed --max-queue 1" in reply.text
+    reply = small[1].post("/v1/chat/completions", json={"messages": [CHAT["messages"][0]] * 2**10, "n": 2})
+    assert reply.status_code == 400 and "2 replies at once" in reply.text  # nothing was rendered, which is too long
+
+
+@pytest.mark.parametrize("origin", ["https://a.example/", "a.example", "https://a.example/x", "https://A.example", ""])
+def test_an_origin_that_no_browser_sends_is_refused(origin):
+    with pytest.raises(ValueError, match=r"an allowed origin must be \* or like https://example.org, got"):
+        ServerOptions(allow_origins=(origin,))
+    with pytest.raises(ValueError, match="allow_origins must be a tuple of strings"):
+        ServerOptions(allow_origins="*")
+    assert ServerOptions(allow_origins=("*", "http://localhost:3000", "http://[::1]:8080", "app://local"))
 
 
 def test_pages_of_allowed_origins_alone_may_ask(tiny_generator):  # noqa: F811
@@ -102,6 +113,8 @@ def test_pages_of_allowed_origins_alone_may_ask(tiny_generator):  # noqa: F811
         assert client.options("/v1/completions", headers={**other, **ask}).status_code == 400
         refused = client.post("/v1/completions", json={"prompt": "a"}, headers=page)
         assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == page["Origin"]
+        exposed = refused.headers["access-control-expose-headers"].lower().split(", ")
+        assert {"retry-after", "x-ignored-fields", "x-request-id"} <= set(exposed)
         assert "access-control-allow-origin" not in client.get("/health", headers=other).headers
 
 

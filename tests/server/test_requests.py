@@ -21,8 +21,9 @@ from serving import quick_generator as tiny_generator  # noqa: F401
 from qwen3fast import Embedder, Generator, SamplingParams
 from qwen3fast.cli import main
 from qwen3fast.server.app import create_app
+from qwen3fast.server.completions import TextOffset
 from qwen3fast.server.in_process import call, post
-from qwen3fast.server.loading import _base_of_adapter
+from qwen3fast.server.loading import _base_of_adapter, _name_and_source
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -77,6 +78,10 @@ def test_structured_outputs_shape_a_reply(client, outputs, text):
     assert re.fullmatch(text, given)
 
 
+CALLED = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLING = {"role": "assistant", "content": "I call", "tool_calls": [CALLED]}
+
+
 @pytest.mark.parametrize(
     ("more", "param"),
     [
@@ -87,6 +92,11 @@ def test_structured_outputs_shape_a_reply(client, outputs, text):
         ({"skip_special_tokens": False}, "skip_special_tokens"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
         ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "continue_final_message"),
+        ({"continue_final_message": True, "messages": [CALLING]}, "continue_final_message"),
+        ({"min_tokens": False}, "min_tokens"),
+        ({"skip_special_tokens": 1}, "skip_special_tokens"),
+        ({"function_call": {"name": "f"}}, "function_call"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
@@ -134,6 +144,11 @@ def test_a_final_message_of_the_assistant_is_continued(client, models):  # noqa:
     assert client.post("/v1/messages", json=body).json()["content"][0]["text"] == result.text
     count = client.post("/v1/messages/count_tokens", json={"messages": begun}).json()
     assert count == {"input_tokens": result.metrics.prompt_tokens}
+    body["messages"] = [CHAT["messages"][0], {"role": "assistant", "content": "I wrote </think> here"}]
+    count = client.post("/v1/messages/count_tokens", json={"messages": body["messages"]}).json()["input_tokens"]
+    result = models["tiny"].chat(body["messages"], params, enable_thinking=False)  # a turn before
+    assert count == result.metrics.prompt_tokens
+    assert client.post("/v1/messages", json=body).json()["content"][0]["text"] == result.answer
     wrong = client.post("/v1/messages/count_tokens", json={})
     assert wrong.status_code == 400 and wrong.json()["type"] == "error"
 
@@ -150,6 +165,37 @@ def test_text_offsets_count_characters_not_their_tokens(tiny_generator):  # noqa
     events = [json.loads(data)["choices"][0] for data in re.findall(rb"data: (\{.*\})\n\n", stream)]
     offsets = [offset for event in events if event["logprobs"] for offset in event["logprobs"]["text_offset"]]
     assert offsets == found["text_offset"]
+
+
+def test_text_offsets_count_an_unfinished_character_before_the_next_token(tiny_generator):  # noqa: F811
+    tokenizer = tiny_generator.tokenizer
+    first, *rest = tokenizer.encode("\u4e2d")
+    offset = TextOffset(tokenizer)
+    ids = [first, *tokenizer.encode("b"), *tokenizer.encode("c"), first, *rest, *tokenizer.encode("d"), rest[0], first]
+    assert rest and [offset.before(i) for i in ids] == [0, 1, 2, 3, *[3] * len(rest), 4, 5, 6]
+
+
+def test_a_text_of_several_context_lengths_is_counted(client, models):  # noqa: F811
+    length = models["tiny"].max_seq_len
+    most = models["tiny"].tokenizer.max_chars("a" * 10**7, 16 * length)
+    for text, status in (("a b " * 4 * length, 200), ("a" * (most + 1), 400)):
+        chat = {"messages": [{"role": "user", "content": text}]}
+        asked = (("/tokenize", {"prompt": text}), ("/tokenize", chat), ("/v1/messages/count_tokens", chat))
+        for path, body in asked:
+            reply = client.post(path, json=body)
+            assert reply.status_code == status, reply.text
+            if status == 200:
+                found = reply.json()
+                assert found.get("count", found.get("input_tokens")) > 4 * length
+            elif path == "/tokenize":
+                assert reply.json()["error"]["param"] == next(iter(body))
+            else:
+                assert reply.json()["error"]["message"].startswith("messages: prompt (")
+
+
+def test_a_name_before_a_long_path_is_read():
+    source = "/".join(["folder"] * 2000)  # longer than any path
+    assert _name_and_source(f"chat={source}") == ("chat", source)
 
 
 def test_parameters_that_leave_no_token_are_told_as_such(client):
@@ -212,7 +258,7 @@ def test_a_request_that_cannot_fit_is_refused_before_it_is_encoded(client, monke
     encoded, encode = [], Tokenizer.encode
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *n: encoded.append(text) or encode(self, text, *n))
     reply = client.post(path, json=body)
-    assert reply.status_code == 400 and re.search("exceeds max_seq_len|at most 16384 items", reply.text)
+    assert reply.status_code == 400 and re.search("exceeds max_seq_len|more than 8192|at most 16384 items", reply.text)
     assert sum(map(len, encoded)) < 1000
 
 

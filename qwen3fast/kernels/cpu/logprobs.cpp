@@ -59,7 +59,7 @@ float log_sum(const float* most, const float* sums, int64_t blocks) {
     const Vec part = load_some(sums + block, left) * exp_of_negative(load_some(most + block, left) - best);
     for (int64_t lane = 0; lane < std::min(kLanes, left); lane++) total += double{part[lane]};
   }
-  return best + std::log(static_cast<float>(total));  // of float: that of double would need glibc 2.29
+  return best + std::log(static_cast<float>(total));  // of float: with a double it would need glibc 2.29
 }
 
 // The n most likely tokens: each of the n blocks with the largest logits has one at least as large as the smallest of these.
