@@ -163,7 +163,8 @@ class Parts:
     embed and advance are compiled only for CUDA devices, where each of their operations would be a launch; logits not
     for CPUs in bfloat16, where C++ does their work. The full sampler is not for CUDA: with Triton 3.6, kernels of
     Inductor for its histograms do not wait for the ones that they depend on (triton.enable_pdl; found by
-    tools/compile_for_gpu.py).
+    tools/compile_for_gpu.py). Counting tokens for processors, which adds to memory as histograms do, and
+    log-probabilities run uncompiled on CUDA, in the step's graph.
 
     Attributes:
         decode_layers: a decode step, or all of its blocks, in one C++ operation, where available.

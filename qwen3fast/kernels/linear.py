@@ -3,6 +3,10 @@
 M rows   N out_features   K in_features
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,13 +21,24 @@ class Linear(nn.Linear):
 
     limits: the numbers of rows from which other forms take the place of the C++ operation's own; engines set them where
     these are faster (engine/forms.py).
+    stacked: the weights of this layer and of those that read the same input, where engines keep them as one
+    (model/stacking.py); None elsewhere.
     """
 
     limits: RowLimits = RowLimits()
+    stacked: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias, (..., N) in the dtype of x, (..., K)."""
         return linear(x, self.weight, self.bias, self.limits)
+
+    @classmethod
+    def forward_together(cls, x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
+        """Return each layer's product with the same x, (..., K): in compiled code from one, where they are stacked."""
+        whole_NK = layers[0].stacked
+        if is_compiling() and whole_NK is not None and whole_NK.device == x.device:
+            return list(F.linear(x, whole_NK).split([layer.out_features for layer in layers], dim=-1))
+        return [layer(x) for layer in layers]
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, limits: RowLimits | None = None) -> Tensor:

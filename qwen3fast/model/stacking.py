@@ -45,12 +45,17 @@ def stack(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def stack_layers(model: nn.Module) -> None:
-    """Stack all of a model's layers that can be stacked."""
+    """Stack all of a model's layers that can be stacked.
+
+    The first layer keeps their weight, if it can use it (`stacked` of kernels/linear.py).
+    """
     for module in list(model.modules()):
         for names in STACKS.values():
             layers = [layer for name in names if isinstance(layer := getattr(module, name, None), nn.Module)]
             if len(layers) == len(names) and can_stack(layers):
-                stack(layers)
+                whole = stack(layers)
+                if hasattr(layers[0], "stacked"):
+                    layers[0].stacked = whole["weight"]
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor | None:

@@ -11,6 +11,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import engine_of, randomized, small_config
 
 from qwen3fast.engine import Engine, StepKind
@@ -27,6 +28,7 @@ from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import build_on_meta, rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.model.stacking import stack_layers
 from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
@@ -176,6 +178,8 @@ def test_on_cuda_warmup_makes_all_forms_and_graphs(rows, fused, forms, captured,
     assert not fused or f"\n| {rows} | {forms} | {captured} |\n" in page
     engine.warmup()
     assert (engine.compiler.compilations, len(engine.graphs)) == (forms, captured)
+    blocks = [[node.target for node in graph.graph.nodes].count(F.linear) for graph in graphs]
+    assert set(blocks) - {0, 1} == {4}  # products: of query, key and value; of gate and up; and two more
     assert len(graphs) == forms and graphs.tuned == (not fused)
     with torch.compiler.set_stance("fail_on_recompile"):
         for size in CHUNK_SIZES:
@@ -271,6 +275,19 @@ def test_engines_of_other_sizes_use_what_inductor_kept_of_earlier_ones(one_threa
         if length >= 300:
             found_V = engine.logits_uncached([i % config.vocab_size for i in range(300)])[0]
             torch.testing.assert_close(found_V, expected_V, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention_bias", [False, True])
+def test_stacked_layers_are_one_product_in_compiled_code(attention_bias, graphs, one_thread):
+    """With biases the attention's layers are not stacked."""
+    model = randomized(small_config(num_hidden_layers=3, attention_bias=attention_bias))
+    expected_1V = engine_of(model, 1, 128).logits_uncached([1, 2, 3])
+    stack_layers(model)
+    torch.testing.assert_close(engine_of(model, 1, 128).logits_uncached([1, 2, 3]), expected_1V)
+    compiled_1V = engine_of(model, 1, 128, compile=True).logits_uncached([1, 2, 3])
+    torch.testing.assert_close(compiled_1V, expected_1V, rtol=1e-4, atol=1e-4)
+    block, _ = graphs
+    assert [node.target for node in block.graph.nodes].count(F.linear) == (6 if attention_bias else 4)
 
 
 @pytest.mark.parametrize(
