@@ -350,7 +350,8 @@ def _processors(compiler: StepCompiler, is_cpu: bool, dynamic: tuple[Sizes, ...]
 def _max_uncached(config: ModelConfig) -> int:
     if config.num_experts:
         return MAX_SORTED_PAIRS // config.num_experts_per_tok
-    widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim)
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    widest = max(2 * config.intermediate_size, heads * config.head_dim)  # of stacked layers' products
     return min(MAX_TOKENS, MAX_ELEMENTS // widest)
 
 

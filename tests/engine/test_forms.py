@@ -19,7 +19,16 @@ from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.dynamic_sizes import Dynamic
-from qwen3fast.engine.parts import CHUNK_SIZES, MAX_ELEMENTS, Forward, Parts, chunk_sizes, row_ranges
+from qwen3fast.engine.parts import (
+    CHUNK_SIZES,
+    MAX_ELEMENTS,
+    MAX_TOKENS,
+    Forward,
+    Parts,
+    _max_uncached,
+    chunk_sizes,
+    row_ranges,
+)
 from qwen3fast.engine.prefill import max_prompts, prefill_chunk
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cpu, cuda
@@ -28,7 +37,7 @@ from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import build_on_meta, rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.model.stacking import stack_layers
+from qwen3fast.model.stacking import STACKS, stack, stack_layers
 from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.sampling.processors import ProcessorRows
 from qwen3fast.sampling.samplers import SamplerKind
@@ -275,6 +284,15 @@ def test_engines_of_other_sizes_use_what_inductor_kept_of_earlier_ones(one_threa
         if length >= 300:
             found_V = engine.logits_uncached([i % config.vocab_size for i in range(300)])[0]
             torch.testing.assert_close(found_V, expected_V, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [{"intermediate_size": 25_600}, {"num_attention_heads": 64, "head_dim": 512}])
+def test_products_of_long_uncached_texts_are_counted_in_32_bits(sizes):
+    model = build_on_meta(small_config(num_hidden_layers=1, **sizes))
+    block = model.model.layers[0]
+    stacked = [stack([getattr(block.get_submodule(part), name) for name in names]) for part, names in STACKS.items()]
+    widths = [len(weights["weight"]) for weights in stacked]
+    assert MAX_TOKENS > _max_uncached(model.config) == MAX_ELEMENTS // max(widths)
 
 
 @pytest.mark.parametrize("attention_bias", [False, True])
