@@ -46,7 +46,8 @@ def test_sequences_of_the_largest_compiled_size_are_counted_in_32_bits(size, dty
         cos_1TD, sin_1TD = (torch.zeros(1, tokens.max, config.head_dim, device=device) for _ in range(2))
         with Largest() as found:
             assert run_block_uncached(block, x_1TE, cos_1TD, sin_1TD).shape == x_1TE.shape
-        assert tokens.max >= (2048 if config.num_experts else 2**16)
+        # 40,960 is the context of published models; the products of 14B and 32B are the widest, stacked.
+        assert tokens.max >= (2048 if config.num_experts else 40_960)
         assert found.elements <= MAX_ELEMENTS
         attentions = {name for name in found.names if "scaled_dot" in name or "sdpa" in name}
         assert attentions == {FLASH if dtype == torch.bfloat16 else "qwen3fast::sdpa"}
