@@ -2,15 +2,17 @@
 
 `python -m build` and `pip install .` compile them where there is a compiler ($CXX, g++), for the machine that it
 compiles for. Without one, if compiling fails, or on other systems than Linux, the wheel holds Python alone, and a
-warning says so. Editable installs compile nothing. Then the first use builds for the very processor, if it can.
+warning says so. Then the first use builds for the very processor, if it can. Editable installs do so at once: the
+first use finds it, and builds again when the sources have changed.
 
 QWEN3FAST_BUILD_LEVELS   names of the levels to build (see qwen3fast/kernels/cpu/levels.py); empty: none. Default: all.
+                         Editable installs build for this processor, or nothing if it is empty.
 CXXFLAGS                 flags behind the project's own.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 import os
 import re
@@ -30,16 +32,15 @@ LIBSTDCXX = ((19, 17), (22, 24), (24, 27), (28, 31), (29, 34), (30, 35), (33, 39
 logger = logging.getLogger(__name__)
 
 
-def load(name: str) -> ModuleType:
-    """Return a module of the kernels by its file: importing their package would import PyTorch."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / KERNELS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(*names: str) -> list[ModuleType]:
+    """Return modules of the kernels. Their package is not run: it would import PyTorch."""
+    package = ModuleType("kernels")
+    package.__path__ = [str(Path(__file__).parent / KERNELS)]
+    sys.modules[package.__name__] = package
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
 
 
-building, levels = load("building"), load("levels")
+building, levels, library = load("building", "levels", "library")
 
 
 def wanted(machine: str) -> list[str]:
@@ -63,8 +64,8 @@ def build_libraries(folder: Path) -> str | None:
             if level.name in names:
                 folder.mkdir(parents=True, exist_ok=True)
                 flags = [*level.flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-                library = building.build(compiler, flags, folder, level.name, is_shipped=True)
-                versions.append(glibc_version(library))
+                built = building.build(compiler, flags, folder, level.name, is_shipped=True)
+                versions.append(glibc_version(built))
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         stderr = getattr(error, "stderr", None)
@@ -76,13 +77,23 @@ def build_libraries(folder: Path) -> str | None:
     return f"manylinux_2_{max(versions)}_{machine}"
 
 
-def glibc_version(library: Path) -> int:
+def build_for_this_machine() -> None:
+    """Build the library that the first use would build, or warn."""
+    if not os.environ.get("QWEN3FAST_BUILD_LEVELS", "native"):
+        return
+    try:
+        library.open_library()
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        logger.warning("C++ operations not built: %s", getattr(error, "stderr", None) or error)
+
+
+def glibc_version(built: Path) -> int:
     """Return the minor version of the oldest glibc 2 that has what a library uses, and comes with its libstdc++.
 
     Linking libstdc++ into the library would need the glibc that it was built with, which is as new as the compiler's.
     Raises: OSError for a library that only works with an OpenMP library other than PyTorch's, or a newer libstdc++.
     """
-    content = library.read_bytes()
+    content = built.read_bytes()
     if b"__kmpc_" in content:
         raise OSError("the wheel's libraries must be built by GCC: Clang's OpenMP is another one than PyTorch's")
     used = max(map(int, re.findall(rb"GLIBCXX_3\.4\.(\d+)", content)), default=0)
@@ -93,13 +104,15 @@ def glibc_version(library: Path) -> int:
 
 
 class BuildWithLibraries(build_py):
-    """Building of the package: with the libraries, except for editable installs."""
+    """Building of the package: with the libraries; of an editable install, with one in the cache folder."""
 
     platform: str | None = None
 
     def run(self) -> None:
         super().run()
-        if not self.editable_mode:
+        if self.editable_mode:
+            build_for_this_machine()
+        else:
             BuildWithLibraries.platform = build_libraries(Path(self.build_lib) / KERNELS / "lib")
 
 

@@ -112,10 +112,10 @@ def top_level(tree: ast.Module) -> ast.Module:
 
 
 def names_imported(node: ast.AST) -> list[str]:
-    """Return the modules that an import statement names."""
+    """Return the modules that an import statement names, except relative to its own."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
-    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
 
 
 IMPORTS = {name: own_imports(name, tree) for name, tree in TREES.items()}

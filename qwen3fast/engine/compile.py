@@ -89,6 +89,7 @@ class StepCompiler:
         self.thread: ThreadPoolExecutor | None = None
         self.auto_from_s = time.perf_counter() + AUTO_DELAY_S
         if self.enabled and mode == "auto" and device.type == "cpu":
+            cpu.load(may_build=False)  # a wheel's, or one that was built before: full speed from the first token on
             self.thread = ThreadPoolExecutor(1, "qwen3fast-compile")
         elif mode and device.type == "cpu":
             cpu.load()

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.kernels import cpu, forms_file
 from qwen3fast.kernels.cpu import building, levels, library
 
@@ -33,6 +35,7 @@ def builds(monkeypatch):
         return Path(shutil.copy(built, folder / built.name))
 
     library._made_temporary_folder.cache_clear()
+    library._temporary_folder.cache_clear()
     monkeypatch.setattr(library, "build", build)
     monkeypatch.setenv(library.PIN, "native")
     return builds
@@ -78,6 +81,18 @@ def test_a_library_is_built_once(folder, builds):
     for _ in range(3):
         assert is_whole(library.open_library())
     assert len(builds) == 1
+
+
+def test_auto_uses_a_library_that_is_there_and_builds_none_at_once(folder, builds, monkeypatch):
+    for name in ("_was_tried", "_is_ready"):
+        monkeypatch.setattr(cpu, name, False)
+    compiler = StepCompiler("auto", torch.device("cpu"))
+    compiler.close(wait=True)
+    assert not builds and not cpu.is_loaded()
+    shutil.copy(BUILT, folder / BUILT.name)
+    compiler = StepCompiler("auto", torch.device("cpu"))
+    compiler.close(wait=True)
+    assert not builds and cpu.is_loaded()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(100), None], ids=["empty", "foreign", "truncated"])

@@ -49,13 +49,17 @@ def source_files():
     return sorted(package) + [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
 
 
-def build_wheel(folder):
-    """A wheel with this machine's best level alone, not optimized much: building all takes most of a minute."""
-    source = folder / "source"
+def copy_source(folder):
     for path in source_files():
-        target = source / path.relative_to(ROOT)
+        target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
+    return folder
+
+
+def build_wheel(folder):
+    """A wheel with this machine's best level alone, not optimized much: building all takes most of a minute."""
+    source = copy_source(folder / "source")
     environment = os.environ | {"QWEN3FAST_BUILD_LEVELS": LEVEL.name, "CXXFLAGS": "-O1"}
     code = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"
     run(sys.executable, "-c", code, cwd=source, env=environment)
@@ -107,6 +111,21 @@ def test_without_a_compiler_the_installed_wheel_uses_its_operations(wheel, tmp_p
     printed = run(python, "-c", PROGRAM, cwd=tmp_path, env=environment).splitlines()
     folder = packages / "qwen3fast/kernels/cpu/lib"
     assert [line if i % 2 == 0 else Path(line).parent for i, line in enumerate(printed)] == ["42", folder] * 2
+
+
+def test_an_editable_install_builds_what_the_first_use_finds(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    compiler.chmod(0o700)
+    environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("QWEN3FAST_BUILD_LEVELS", None)
+    without_torch = "import sys; sys.modules['torch'] = None; "
+    code = f"{without_torch} from setuptools.build_meta import build_editable; build_editable('.')"
+    run(sys.executable, "-c", code, cwd=copy_source(tmp_path / "source"), env=environment)
+    compiler.unlink()
+    open_library = "from qwen3fast.kernels.cpu.library import open_library; print(open_library()._name)"
+    opened = run(sys.executable, "-c", open_library, cwd=tmp_path / "source", env=environment)
+    assert list((tmp_path / "cache/qwen3fast").glob("ops-*.so")) == [Path(opened.strip())]
 
 
 NEEDS = "print(setup.glibc_version(pathlib.Path(sys.argv[2])))"

@@ -26,17 +26,17 @@ _was_tried = False
 _is_ready = False  # a plain flag, which torch.compile can read
 
 
-def load(jobs: int | None = None) -> bool:
+def load(jobs: int | None = None, may_build: bool = True) -> bool:
     """Build (once per machine: seconds) and open the library of operations, once in a process.
 
-    jobs: compilers that run at the same time; None runs all of them.
+    jobs: compilers that run at the same time; None runs all of them. may_build: False opens one that is there, at once.
     Returns: whether the operations can be used; if not, the reason is logged. Linux and macOS are tried.
     """
     global _is_ready, _was_tried
     with _loading:
         if not _was_tried:
-            _is_ready = _load(jobs)
-            _was_tried = True
+            _is_ready = _load(jobs, may_build)
+            _was_tried = _is_ready or may_build
         return is_loaded()
 
 
@@ -45,9 +45,9 @@ def is_loaded() -> bool:
     return _is_ready
 
 
-def _load(jobs: int | None) -> bool:
+def _load(jobs: int | None, may_build: bool) -> bool:
     try:
-        library.use(library.open_library(jobs))
+        opened = library.open_library(jobs) if may_build else library.find_library()
     except library.NoCompilerError as err:
         logger.info("C++ operations not built: %s", err)
         return False
@@ -58,6 +58,9 @@ def _load(jobs: int | None) -> bool:
             detail = f"{err.cmd[0]} failed: {detail}; set CXX to {NEEDED}, and start again"
         logger.warning("C++ operations could not be built, using slower PyTorch forms: %s", detail)
         return False
+    if opened is None:
+        return False
+    library.use(opened)
     tiles.try_tiles()
     return True
 

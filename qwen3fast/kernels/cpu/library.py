@@ -5,6 +5,8 @@ builds one for this very processor. QWEN3FAST_CPU_LEVEL pins the choice: a level
 
 A library runs with all rights of the process, so it is loaded only if it is what was built: its name holds the SHA-256
 of its bytes, and the cache folder can be written to by nobody else.
+
+Standard library only, and relative imports: setup.py runs this file where PyTorch is not installed.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ctypes import c_bool, c_double, c_int64, c_void_p
 from pathlib import Path
 
-from qwen3fast.kernels.cpu.building import (
+from .building import (
     FLAGS,
     FOLDER,
     HEADERS,
@@ -35,7 +37,7 @@ from qwen3fast.kernels.cpu.building import (
     find_compiler,
     is_what_was_built,
 )
-from qwen3fast.kernels.cpu.levels import Level, pinned_level, processor_features, this_machine
+from .levels import Level, pinned_level, processor_features, this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -76,24 +78,26 @@ def open_library(jobs: int | None = None) -> ctypes.CDLL:
     other OSErrors where a file cannot be used; subprocess.CalledProcessError where compiling fails; ValueError where
     QWEN3FAST_CPU_LEVEL names no level of this machine.
     """
-    if sys.platform not in ("linux", "darwin"):
-        raise NoCompilerError("they need Linux or macOS")
-    candidates = usable_levels()
-    library = _find_shipped(candidates)
+    library = find_library()
     if library is None:
-        flags = _flags(candidates)
-        folder, key = cache_folder(), source_key(flags)
-        library = _find(folder, key)
-    if library is None:
-        compiler = find_compiler()
+        flags, folder, compiler = _flags(usable_levels()), cache_folder(), find_compiler()
         if not compiler:
             raise NoCompilerError("they need g++ or clang++")
         if not os.access(folder, os.W_OK):
             folder = _temporary_folder(f"{folder} cannot be written to")
         logger.info("building C++ operations into %s", folder)
-        library = with_types(ctypes.CDLL(str(build(compiler, flags, folder, f"ops-{key}", jobs))))
+        library = with_types(ctypes.CDLL(str(build(compiler, flags, folder, f"ops-{source_key(flags)}", jobs))))
         _remove_unused(folder)
     return library
+
+
+def find_library() -> ctypes.CDLL | None:
+    """Open the wheel's library, or the one in the cache; None if it has to be built. Raises: as `open_library`."""
+    if sys.platform not in ("linux", "darwin"):
+        raise NoCompilerError("they need Linux or macOS")
+    candidates = usable_levels()
+    shipped = _find_shipped(candidates)
+    return shipped if shipped is not None else _find(cache_folder(), source_key(_flags(candidates)))
 
 
 def version() -> str:
@@ -163,6 +167,7 @@ def _is_private(folder: Path) -> bool:
     return status.st_uid in (0, os.getuid()) and not status.st_mode & OTHERS_WRITE and not is_open
 
 
+@functools.cache  # one warning
 def _temporary_folder(why: str) -> Path:
     """Return the folder in place of the cache folder. why: that one cannot be used."""
     logger.warning(
