@@ -5,7 +5,7 @@ M rows   N out_features   K in_features
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias, (..., N) in the dtype of x, (..., K)."""
         return linear(x, self.weight, self.bias, self.limits)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Linear:
+        """Move or convert the parameters, for `to` and its like: they leave `stacked`, whose memory becomes free."""
+        self.stacked = None
+        return super()._apply(fn, recurse)
 
     @classmethod
     def forward_together(cls, x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
