@@ -48,7 +48,7 @@ class BatchJob:
     @property
     def num_replies(self) -> int:
         """The number of replies that it asks for at once: prompts x n."""
-        prompt, n = self.body.get("prompt"), self.body.get("n")
+        prompt, n = self.body.get("prompt"), self.body.get("n", 1)
         prompts = sum(not isinstance(item, int) for item in prompt) if isinstance(prompt, list) else 1
         return max(prompts, 1) * (int(n) if is_number(n) and n >= 1 else 1)
 
@@ -158,8 +158,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             for batch in parquet.ParquetFile(path).iter_batches():
                 for row in batch.to_pylist():
                     line += 1
-                    # Columns of other types than JSON has, such as dates, become text.
-                    yield line, json.loads(json.dumps({n: v for n, v in row.items() if v is not None}, default=str))
+                    yield line, partial(_parquet_row, row)
         except ArrowException as err:
             raise ValueError(f"{path} is not a Parquet file: {err}") from err
     elif path.suffix.lower() == ".csv":
@@ -175,6 +174,12 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             for line, text in enumerate(file, 1):
                 if text.strip():
                     yield line, lambda text=text: json.loads(text)
+
+
+def _parquet_row(row: dict[str, Any]) -> Any:
+    """Return the values of a row that are not null; of types that JSON does not have, such as dates, their text."""
+    given = {name: value for name, value in row.items() if value is not None}
+    return json.loads(json.dumps(given, default=lambda v: v.decode() if isinstance(v, bytes) else str(v)))
 
 
 def _csv_row(row: dict[Any, Any]) -> dict[str, Any]:

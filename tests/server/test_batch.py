@@ -102,10 +102,11 @@ def test_csv_and_parquet_are_read(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    table = {"prompt": ["a", "b"], "max_tokens": [3, None], "user": [None, date(2026, 1, 2)]}
+    table = {"prompt": [b"a", b"b", b"\xff"], "max_tokens": [3, None, 1], "user": [None, date(2026, 1, 2), None]}
     parquet.write_table(pyarrow.table(table), tmp_path / "in.PARQUET")
-    bodies = [job.body for job in read_jobs(tmp_path / "in.PARQUET") if isinstance(job, BatchJob)]
-    assert bodies == [
+    *jobs, (line, message) = read_jobs(tmp_path / "in.PARQUET")
+    assert line == 3 and "codec can't decode" in message
+    assert [job.body for job in jobs] == [
         {"prompt": "a", "max_tokens": 3, "stream": False},
         {"prompt": "b", "user": "2026-01-02", "stream": False},
     ]
