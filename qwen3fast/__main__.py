@@ -14,7 +14,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python takes half a second to end: Ctrl-C then just ends it
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after nohup
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python takes half a second to end: Ctrl-C then just ends it
 
 
 if __name__ == "__main__":
