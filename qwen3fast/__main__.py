@@ -1,5 +1,6 @@
 """`python -m qwen3fast`, and the command `qwen3fast`."""
 
+import signal
 import warnings
 from importlib import import_module
 
@@ -8,11 +9,13 @@ def main() -> int:
     """Run the command line. Returns: the exit status."""
     warnings.formatwarning = lambda message, *_: f"qwen3fast: warning: {message}\n"
     try:
-        cli = import_module("qwen3fast.cli")  # by name, in here: Ctrl-C may come meanwhile
+        status: int = import_module("qwen3fast.cli").main()  # by name, in here: Ctrl-C may come meanwhile
+        return status
     except KeyboardInterrupt:
         return 130
-    status: int = cli.main()
-    return status
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after nohup
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python takes half a second to end: Ctrl-C then just ends it
 
 
 if __name__ == "__main__":

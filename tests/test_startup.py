@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -58,12 +59,14 @@ def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path):
 # Ends command lines in all ways of ENDINGS, each in a fork of one process: importing takes seconds. Prints a list of
 # exit statuses and standard errors.
 ENDS = """
-import json, os, signal, sys, tempfile, time
+import fcntl, json, os, signal, sys, tempfile, time
 import qwen3fast.cli, qwen3fast.generator
 from qwen3fast.__main__ import main
 
 def ended(how, arguments):
     (reader, writer), error = os.pipe(), tempfile.TemporaryFile()
+    if how == "Ctrl-C" and hasattr(fcntl, "F_SETPIPE_SZ"):  # it cannot end before the signal comes
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     if how == "full disk":
         writer = os.open("/dev/full", os.O_WRONLY)
     if how == "no reader":
@@ -83,17 +86,19 @@ def ended(how, arguments):
     if how == "Ctrl-C":
         time.sleep(0.01)
         os.kill(child, signal.SIGINT)
+        while os.read(reader, 2**16):
+            pass
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     error.seek(0)
     return status, error.read().decode()
 
 print(json.dumps([ended(*ending) for ending in json.loads(sys.argv[1])]))
 """
-ENDINGS = {
-    "reader leaves": [*GENERATE, "The", "--raw", "--max-tokens", "400"],
+ENDINGS = {  # the tiny model continues "a" without an end
+    "reader leaves": [*GENERATE, "a", "--raw", "--max-tokens", "400"],
     "no reader": ["--help"],
     "full disk": [*GENERATE, QUESTION],
-    "Ctrl-C": [*GENERATE, "The", "--raw", "--max-tokens", "3000", "--max-seq-len", "4000"],
+    "Ctrl-C": [*GENERATE, "a", "--raw", "--max-tokens", "3000", "--max-seq-len", "4000"],
 }
 
 
@@ -138,6 +143,15 @@ builtins.__import__ = interrupted
 sys.argv = ["qwen3fast", "generate", "hi"]
 runpy.run_module("qwen3fast", run_name="__main__")
 """
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("arguments", [["--version"], ["info", "none"]])
+def test_ctrl_c_while_python_ends_leaves_no_traceback(arguments):
+    program = "import atexit, signal; from qwen3fast.__main__ import main; "
+    program += "atexit.register(signal.raise_signal, signal.SIGINT); raise SystemExit(main())"
+    done = run([sys.executable, "-c", program, *arguments])
+    assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

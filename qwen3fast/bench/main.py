@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from qwen3fast.bench.harness import interruptible
 from qwen3fast.bench.options import add_options
@@ -34,12 +35,22 @@ def run_bench(args: argparse.Namespace) -> int:
     session = Session(suite.name, suite.options(args))
     if args.contexts is None:
         session.fit_contexts()
-    with interruptible(session.record):
-        suite.run(session)
-    session.harness.finish()
-    if session.record.interrupted:
-        print("interrupted; keeping the measurements so far", file=sys.stderr)
-    return finish(session.record, suite, paths, args.json)
+    record, failure = session.record, None
+    try:
+        with interruptible(record):
+            suite.run(session)
+    except Exception as err:  # such as no memory for the largest case
+        if not any(case.samples for case in record.cases):
+            raise
+        record.interrupted, failure = True, err
+    with interruptible(record):
+        session.harness.finish()
+    if record.interrupted:
+        print(f"{'failed' if failure else 'interrupted'}; keeping the measurements so far", file=sys.stderr)
+    status = finish(record, suite, paths, args.json)
+    if failure is not None:
+        raise failure
+    return status
 
 
 def output_paths(output: Path, stem: str) -> tuple[Path, Path]:
@@ -55,8 +66,7 @@ def output_paths(output: Path, stem: str) -> tuple[Path, Path]:
 def finish(record: Record, suite: Suite, paths: tuple[Path, Path], as_json: bool = False) -> int:
     """Write the files, print table, checks and noise. Returns: the exit status."""
     record.cases = [case for case in record.cases if case.samples]
-    value = record.to_dict()
-    write_json(value, paths[0])
+    value = _written(record, paths[0])
     if as_json:
         print(json.dumps(value))
     elif record.cases:
@@ -75,7 +85,18 @@ def finish(record: Record, suite: Suite, paths: tuple[Path, Path], as_json: bool
         try:
             drawing("plot").save(picture(record), paths[1])
             written.append(paths[1])
-        except ValueError as err:  # the record is written; an interrupted one may lack a panel
-            print(err, file=sys.stderr)
+        except (ValueError, KeyboardInterrupt) as err:  # the record is written; an interrupted one may lack a panel
+            print(str(err) or "interrupted", file=sys.stderr)
     print("wrote " + " and ".join(map(str, written)), file=sys.stderr)
     return 130 if record.interrupted else int(not record.passed)
+
+
+def _written(record: Record, path: Path) -> dict[str, Any]:
+    """Write a record, which Ctrl-C, pressed again, does not prevent. Returns: its JSON form."""
+    while True:
+        try:
+            value = record.to_dict()
+            write_json(value, path)
+            return value
+        except KeyboardInterrupt:
+            record.interrupted = True

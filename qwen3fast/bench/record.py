@@ -146,7 +146,7 @@ def write_text(text: str, path: Path) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)  # Ctrl-C may come after it was renamed
         raise
 
 

@@ -6,6 +6,7 @@ M rows   N out_features   K in_features
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias, (..., N) in the dtype of x, (..., K)."""
         return linear(x, self.weight, self.bias, self.limits)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        """Move or convert the parameters, for `to` and its like: they leave `stacked`, whose memory becomes free."""
+        self.stacked = None
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
     @classmethod
     def forward_together(cls, x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:

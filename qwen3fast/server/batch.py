@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import signal
 import sys
@@ -25,7 +26,7 @@ from starlette.applications import Starlette
 
 from qwen3fast.files import file_to_read, file_to_write
 from qwen3fast.server.app import create_app
-from qwen3fast.server.jobs import BatchJob, answered, id_of_line, is_answer, read_jobs
+from qwen3fast.server.jobs import BatchJob, Room, answered, id_of_line, is_answer, read_jobs
 from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.ray_batch import add_ray_arguments, answers
@@ -93,6 +94,9 @@ class Output:
         if len(older) < num_older:
             print(f"warning: {self._path} has replies of an earlier version; requests that have changed since are not "
                   "answered again", file=sys.stderr)  # fmt: skip
+        if num_replies and not self._kept:
+            reason = "holds replies, but none to these requests; choose another output file, or remove this one"
+            raise ValueError(f"{self._path} {reason}")
         if num_replies > len(self._kept):
             print(f"{num_replies - len(self._kept)} replies to other requests will be removed", file=sys.stderr)
 
@@ -123,11 +127,13 @@ class Output:
                     self._file.seek(begin)
                     raw = self._file.read(end - begin)
                     new.write(raw if line is None else _to_line(json.loads(raw) | {"key": line}))
+                new.flush()
+                os.fsync(new.fileno())  # a computer that fails keeps one of the two
                 new.close()
                 shutil.copymode(target, new.name)
                 Path(new.name).replace(target)
             except BaseException:
-                Path(new.name).unlink()
+                Path(new.name).unlink(missing_ok=True)  # Ctrl-C may come after it was renamed
                 raise
         self._file.close()
         self._file = target.open("a+b")
@@ -158,15 +164,15 @@ class Output:
             raise OSError(err.errno, err.strerror, str(self._path)) from err
 
 
-async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once: int, bar: Any) -> int:
-    """Answer all jobs, at most so many at once. Returns how many failed."""
-    waiting = iter(jobs)
+async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once: int, places: int, bar: Any) -> int:
+    """Answer all jobs, at most so many at once. places: of the queue, for their replies. Returns how many failed."""
+    waiting, room = iter(jobs), Room(places)
     failed = 0
 
     async def work() -> None:
         nonlocal failed
         for job in waiting:
-            row = await answered(app, job)
+            row = await answered(app, job, room)
             output.write(row)
             failed += not is_answer(row)
             bar.update()
@@ -195,7 +201,9 @@ def run(args: argparse.Namespace) -> int:
 
     Raises: ValueError, FileNotFoundError, FileExistsError, ImportError.
     """
-    file_to_read(args.input, "a file of requests: .jsonl, .csv or .parquet")
+    source = file_to_read(args.input, "a file of requests: .jsonl, .csv or .parquet")
+    if args.output.exists() and args.output.samefile(source):
+        raise ValueError(f"{args.output} is the file of requests; choose another output file")
     jobs, bad = [], 0
     for found in read_jobs(args.input):
         if isinstance(found, BatchJob):
@@ -231,9 +239,9 @@ def _answer_jobs(args: argparse.Namespace, total: int, bad: int, output: Output)
 def _run_here(args: argparse.Namespace, jobs: list[BatchJob], output: Output, bar: Any) -> int:
     """Answer the jobs in this process. Returns how many failed."""
     app = create_app(load_models(args), OPTIONS)
-    at_once = min(2 * args.max_batch_size, args.max_queue)  # the next ones are ready when a slot is free
+    at_once = max(1, min(2 * args.max_batch_size, args.max_queue))  # the next ones are ready when a slot is free
     try:
-        return asyncio.run(run_jobs(app, jobs, output, at_once, bar))
+        return asyncio.run(run_jobs(app, jobs, output, at_once, args.max_queue, bar))
     finally:
         app.state.server.models.close()
 

@@ -141,7 +141,7 @@ def refuse_or_name(fields: Fields, strict: bool) -> dict[str, str]:
         return {}
     if strict:
         raise ApiError(400, f"unknown field {names[0]!r}; this server was started with --strict", names[0], "unknown")
-    return {IGNORED_HEADER: ", ".join(name.encode("ascii", "backslashreplace").decode() for name in names)[:1000]}
+    return {IGNORED_HEADER: ", ".join(name.encode("unicode_escape").decode() for name in names)[:1000]}
 
 
 def is_number(value: Any) -> bool:

@@ -5,18 +5,22 @@ Source: OpenAI API reference, "Batch".
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 
-from qwen3fast.server.fields import IGNORED_HEADER
+from qwen3fast.server.errors import to_api_error
+from qwen3fast.server.fields import IGNORED_HEADER, is_number
 from qwen3fast.server.in_process import exchange
 from qwen3fast.server.replies import new_id
 
@@ -40,6 +44,13 @@ class BatchJob:
     url: str
     body: dict[str, Any]
     is_openai: bool
+
+    @property
+    def num_replies(self) -> int:
+        """The number of replies that it asks for at once: prompts x n."""
+        prompt, n = self.body.get("prompt"), self.body.get("n", 1)
+        prompts = sum(not isinstance(item, int) for item in prompt) if isinstance(prompt, list) else 1
+        return max(prompts, 1) * (int(n) if is_number(n) and n >= 1 else 1)
 
     def answer(self, status: int, body: dict[str, Any], ignored: str | None = None) -> dict[str, Any]:
         """Return the output line for a response. ignored: the names of ignored fields."""
@@ -84,16 +95,42 @@ def id_of_line(row: Any) -> tuple[str | None, str]:
     return hashed, name
 
 
-async def answered(app: Starlette, job: BatchJob) -> dict[str, Any]:
-    """Return the output line for a job, answered by the application of a server."""
-    status, headers, content = await exchange(app, job.url, job.body)
+class Room:
+    """Places in the queue for all replies of the jobs that run at once: the server would refuse more."""
+
+    def __init__(self, places: int) -> None:
+        self._places = self._free = places
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        """Wait for so many places, or for all if there are fewer, and hold them during the block."""
+        count = min(count, self._places)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            self._free += count
+            async with self._changed:
+                self._changed.notify_all()
+
+
+async def answered(app: Starlette, job: BatchJob, room: Room) -> dict[str, Any]:
+    """Return the output line for a job, answered by the application of a server once there is room."""
+    async with room.taken(job.num_replies):
+        try:
+            status, headers, content = await exchange(app, job.url, job.body)
+        except Exception as err:  # Starlette raises what it has answered with status 500
+            return job.answer(500, to_api_error(err).body(job.url))
     return job.answer(status, json.loads(content), headers.get(IGNORED_HEADER.lower()))
 
 
 def read_jobs(path: Path) -> Iterator[BatchJob | tuple[int, str]]:
     """Yield the jobs of a file; for a bad line, its number and the error.
 
-    Raises: FileNotFoundError; ValueError for a damaged CSV file; ImportError for Parquet without pyarrow.
+    Raises: FileNotFoundError; ValueError for a damaged CSV or Parquet file; ImportError for Parquet without pyarrow.
     """
     custom_ids: set[str] = set()
     times: Counter[str] = Counter()
@@ -111,22 +148,25 @@ def read_jobs(path: Path) -> Iterator[BatchJob | tuple[int, str]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         try:
-            from pyarrow import parquet
+            from pyarrow import ArrowException, parquet
         except ImportError as err:
             raise ImportError("Parquet files need pyarrow; run: pip install 'qwen3fast[parquet]'") from err
         line = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                line += 1
-                yield line, {name: value for name, value in row.items() if value is not None}
-    elif path.suffix == ".csv":
+        try:
+            for batch in parquet.ParquetFile(path).iter_batches():
+                for row in batch.to_pylist():
+                    line += 1
+                    yield line, partial(_parquet_row, row)
+        except ArrowException as err:
+            raise ValueError(f"{path} is not a Parquet file: {err}") from err
+    elif path.suffix.lower() == ".csv":
         csv.field_size_limit(MAX_CELL)
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 for line, row in enumerate(csv.DictReader(file), 2):
-                    yield line, {name: _csv_value(name, text) for name, text in row.items() if name and text}
+                    yield line, partial(_csv_row, row)
         except (UnicodeDecodeError, csv.Error) as err:
             raise ValueError(f"{path} is not a CSV file in UTF-8: {err}") from err
     else:
@@ -136,9 +176,22 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                     yield line, lambda text=text: json.loads(text)
 
 
+def _parquet_row(row: dict[str, Any]) -> Any:
+    """Return the values of a row that are not null; of types that JSON does not have, such as dates, their text."""
+    given = {name: value for name, value in row.items() if value is not None}
+    return json.loads(json.dumps(given, default=lambda v: v.decode() if isinstance(v, bytes) else str(v)))
+
+
+def _csv_row(row: dict[Any, Any]) -> dict[str, Any]:
+    """Return the values of a row's cells that are not empty. Raises: ValueError for more cells than columns."""
+    if None in row:
+        raise ValueError("has more cells than the first line; put cells that hold commas in quotation marks")
+    return {name: _csv_value(name, text) for name, text in row.items() if name and text}
+
+
 def _csv_value(name: str, text: str) -> Any:
-    """Return a cell's value: `prompt` is text; other columns are parsed as JSON if possible."""
-    if name == "prompt":
+    """Return a cell's value: `prompt` and `custom_id` are text; other columns are parsed as JSON if possible."""
+    if name in ("prompt", "custom_id"):
         return text
     try:
         return json.loads(text)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen3fast.server.app import create_app
-from qwen3fast.server.jobs import BatchJob, answered
+from qwen3fast.server.jobs import BatchJob, Room, answered
 from qwen3fast.server.loading import load_models
 from qwen3fast.server.options import ServerOptions
 
@@ -22,7 +22,7 @@ class Worker:
 
     def __init__(self, args: argparse.Namespace, options: ServerOptions) -> None:
         """Load the models that the options of `batch` name."""
-        self._app = create_app(load_models(args), options)
+        self._app, self._places = create_app(load_models(args), options), args.max_queue
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
         """Return the output lines of a block of jobs, which run together as far as there are slots."""
@@ -30,8 +30,10 @@ class Worker:
         return {"json": asyncio.run(self._answer(jobs))}
 
     async def _answer(self, jobs: list[BatchJob]) -> list[str]:
+        room = Room(self._places)
+
         async def one(job: BatchJob) -> str:
-            return json.dumps(await answered(self._app, job))
+            return json.dumps(await answered(self._app, job, room))
 
         return list(await asyncio.gather(*(one(job) for job in jobs)))
 

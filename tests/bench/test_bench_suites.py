@@ -1,5 +1,6 @@
 """Every suite on the tiny model, as small as can be: a valid record, a picture, a table, sentences."""
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from qwen3fast.bench.__main__ import build_parser, main
 from qwen3fast.bench.deep_cache import DeepCache
 from qwen3fast.bench.generic import panels_of
 from qwen3fast.bench.measure import MODES
-from qwen3fast.bench.record import load_record
+from qwen3fast.bench.record import Record, load_record
 from qwen3fast.bench.suites import (
     SUITES,
     batch,
@@ -380,6 +381,39 @@ def test_suite_serve_interrupted_compares_the_pairs_that_it_has(tmp_path, capsys
     [record] = map(load_record, tmp_path.glob("*.json"))
     [http] = [c for c in record.cases if c.labels["what"] == serve.HTTP]
     assert record.interrupted and http.metrics["http_over_engine"].n == len(http.samples["tpot_s"]) >= 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
+def test_what_was_measured_is_written_whatever_ends_the_run(tmp_path, capsys, monkeypatch, error):
+    """Ctrl-C may come again, while the record is derived, or after its file was renamed."""
+
+    def run(session):
+        session.record.cases.append(make_case([1.0]))
+        raise error
+
+    def again(function):
+        def wrapper(*arguments):
+            result = function(*arguments)
+            if len(interrupted) < 2 and function not in interrupted and isinstance(error, KeyboardInterrupt):
+                interrupted.append(function)
+                raise KeyboardInterrupt
+            return result
+
+        return wrapper
+
+    interrupted: list = []
+    monkeypatch.setitem(SUITES, "cache", replace(SUITES["cache"], run=run))
+    monkeypatch.setattr(Record, "to_dict", again(Record.to_dict))
+    monkeypatch.setattr("os.replace", again(os.replace))
+    command = [*SMALL, "--output", str(tmp_path)]
+    if isinstance(error, KeyboardInterrupt):
+        assert main(command) == 130 and len(interrupted) == 2
+    else:
+        with pytest.raises(RuntimeError, match="no memory"):
+            main(command)
+    [record] = map(load_record, tmp_path.glob("*.json"))
+    assert record.interrupted and len(record.cases) == 1 and not [*tmp_path.glob("*.tmp")]
+    assert "keeping the measurements so far" in capsys.readouterr().err
 
 
 def test_suite_serve_says_what_to_install(monkeypatch, capsys):

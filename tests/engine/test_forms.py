@@ -4,6 +4,7 @@
 For CUDA devices tensors have no memory ("meta") and the sizes of released models.
 """
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.cuda_graph import GraphCache
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.dynamic_sizes import Dynamic
+from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.parts import (
     CHUNK_SIZES,
     MAX_ELEMENTS,
@@ -306,6 +308,19 @@ def test_stacked_layers_are_one_product_in_compiled_code(attention_bias, graphs,
     torch.testing.assert_close(compiled_1V, expected_1V, rtol=1e-4, atol=1e-4)
     block, _ = graphs
     assert [node.target for node in block.graph.nodes].count(F.linear) == (6 if attention_bias else 4)
+
+
+def test_a_model_that_is_moved_or_converted_keeps_no_stacked_weights():
+    model = randomized(small_config(num_hidden_layers=1))
+    use_fast_layers(model)
+    stack_layers(model)
+    attention = model.model.layers[0].self_attn
+    old = weakref.ref(attention.q_proj.stacked)
+    x_1TE, tables = torch.randn(1, 3, model.config.hidden_size).double(), torch.zeros(2, 1, 3, model.config.head_dim)
+    model.double()
+    assert old() is None
+    compiled = torch.compile(attention, backend="eager")
+    torch.testing.assert_close(compiled(x_1TE, *tables), attention(x_1TE, *tables))
 
 
 @pytest.mark.parametrize(

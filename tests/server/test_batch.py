@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -12,15 +13,19 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from serving import tiny_generator  # noqa: F401  fixtures
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from qwen3fast import SamplingParams
 from qwen3fast.cli import main
 from qwen3fast.server.batch import Output
-from qwen3fast.server.jobs import BatchJob, read_jobs
+from qwen3fast.server.jobs import BatchJob, Room, answered, is_answer, read_jobs
 
 JOBS = [BatchJob(line, name, None, "/v1/completions", {}, False) for line, name in ((1, "one"), (2, "two"))]
 LINES = [{"key": str(job.line), "id": job.id, "text": job.id} for job in JOBS]
@@ -97,9 +102,23 @@ def test_csv_and_parquet_are_read(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "max_tokens": [3, None]}), tmp_path / "in.parquet")
-    bodies = [job.body for job in read_jobs(tmp_path / "in.parquet") if isinstance(job, BatchJob)]
-    assert bodies == [{"prompt": "a", "max_tokens": 3, "stream": False}, {"prompt": "b", "stream": False}]
+    table = {"prompt": [b"a", b"b", b"\xff"], "max_tokens": [3, None, 1], "user": [None, date(2026, 1, 2), None]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "in.PARQUET")
+    *jobs, (line, message) = read_jobs(tmp_path / "in.PARQUET")
+    assert line == 3 and "codec can't decode" in message
+    assert [job.body for job in jobs] == [
+        {"prompt": "a", "max_tokens": 3, "stream": False},
+        {"prompt": "b", "user": "2026-01-02", "stream": False},
+    ]
+
+
+def test_a_row_of_csv_that_cannot_be_read_is_told_by_number(tmp_path):
+    rows = ["Hello, world", f'a,"{"[" * 10**5}"', "a,,1.5", "b,,007", "c,,true"]
+    write_lines(tmp_path / "in.CSV", ["prompt,stop,custom_id", f"{rows[0]},b,c", *rows[1:]])
+    bad, deep, *jobs = read_jobs(tmp_path / "in.CSV")
+    assert bad == (2, "has more cells than the first line; put cells that hold commas in quotation marks")
+    assert deep[0] == 3 and "recursion" in deep[1]
+    assert [job.custom_id for job in jobs] == ["1.5", "007", "true"]
 
 
 def test_csv_may_hold_a_prompt_of_any_length(tmp_path):
@@ -112,14 +131,17 @@ def test_paths_that_cannot_be_used_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    (tmp_path / "no.parquet").write_bytes(b"no")
     (tmp_path / "latin.csv").write_bytes("prompt\n\xe9\n".encode("latin-1"))
     messages = [
         (["none.jsonl", "-o", "out.jsonl"], "none.jsonl not found; expected a file of requests: .jsonl, .csv or"),
         (["folder", "-o", "out.jsonl"], "folder is a folder; expected a file of requests"),
         (["in.jsonl", "-o", "folder"], "folder is a folder; expected the name of a file to write"),
         (["in.jsonl", "-o", "in.jsonl/out"], "in.jsonl is not a folder, so out cannot be written there"),
-        (["in.jsonl", "-o", "in.jsonl"], "in.jsonl has lines that are not replies of this command"),
+        (["in.jsonl", "-o", "in.jsonl"], "in.jsonl is the file of requests; choose another output file"),
+        (["in.jsonl", "-o", "latin.csv"], "latin.csv has lines that are not replies of this command"),
         (["latin.csv", "-o", "out.jsonl"], "latin.csv is not a CSV file in UTF-8: 'utf-8' codec"),
+        *([(["no.parquet", "-o", "out.jsonl"], "no.parquet is not a Parquet file: ")] if find_spec("pyarrow") else []),
     ]
     with no_open_files():
         for arguments, message in messages:
@@ -154,6 +176,26 @@ def test_a_plain_line_gets_all_that_it_asked_for(tmp_path, capsys):
     assert found["5"]["ignored_fields"] == "max_token, temprature"
     told = capsys.readouterr().err
     assert all(told.count(f"warning: the field {name} is ignored") == 1 for name in ("max_token", "temprature"))
+
+
+def test_lines_of_many_replies_wait_until_the_queue_has_room(tmp_path, capsys):
+    chat = {"messages": [{"role": "user", "content": "a"}], "n": 5.0, "max_tokens": 1}
+    rows = [{"prompt": [f"{i}{j}" for j in range(5)], "max_tokens": 1} for i in range(6)] + [chat] * 3
+    source, target = write_lines(tmp_path / "in.jsonl", [*rows, {**rows[0], "n": 2}]), tmp_path / "out.jsonl"
+    assert main(["batch", str(source), "-o", str(target), *OPTIONS, "--max-queue", "8"]) == 1
+    assert "9 answered, 1 failed" in capsys.readouterr().err
+    found = {row.pop("key"): row for row in read_lines(target)}
+    assert "10 replies at once (prompts x n) exceed --max-queue 8" in found.pop("10")["error"]["message"]
+    assert [len(row["choices"]) for row in found.values()] == [5] * 9
+
+
+def test_a_fault_of_the_server_is_the_error_of_one_line():
+    def fail(request):
+        raise KeyError("a")
+
+    app = Starlette(routes=[Route("/v1/completions", fail, methods=["POST"])])
+    row = asyncio.run(answered(app, JOBS[0], Room(1)))
+    assert row["key"] == "1" and row["error"]["message"] == "internal error: KeyError: 'a'" and not is_answer(row)
 
 
 def test_lines_that_failed_or_changed_are_answered_by_the_next_run(tmp_path, capsys):
@@ -286,11 +328,40 @@ def test_a_link_stays_one_and_a_failed_rewrite_leaves_everything(tmp_path, monke
     assert link.is_symlink() and [row["prompt"] for row in read_lines(target)] == ["b"]
 
 
-def test_the_output_stays_as_it_is_until_something_is_written(tmp_path, capsys):
-    target = write_lines(tmp_path / "out.jsonl", [LINES[0], {"key": "2", "error": {"message": "no"}}, '{"key": "3'])
-    whole, source = target.read_bytes(), write_lines(tmp_path / "in.jsonl", [{"prompt": "new"}])
+def test_the_output_stays_as_it_is_until_the_model_has_loaded(tmp_path, capsys):
+    replies = [{"key": "1", "text": "old"}, {"key": "2", "error": {"message": "no"}}]
+    target = write_lines(tmp_path / "out.jsonl", replies)
+    target.write_bytes(target.read_bytes() + b'{"key": "3')  # half a line
+    whole, source = target.read_bytes(), write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "new"}])
     assert main(["batch", str(source), "-o", str(target), "--model", str(tmp_path / "none"), *OPTIONS]) == 2
+    told = capsys.readouterr().err
+    assert "1 of 2 requests were answered before" in told and f"{tmp_path / 'none'}" in told
     assert target.read_bytes() == whole
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "new"}], []])
+def test_replies_to_other_requests_alone_are_not_removed(tmp_path, rows, capsys):
+    target = write_lines(tmp_path / "out.jsonl", [{**LINES[0], "id": "a" * 32}])
+    whole, source = target.read_bytes(), write_lines(tmp_path / "in.jsonl", rows)
+    assert main(["batch", str(source), "-o", str(target), *OPTIONS]) == 2
+    assert "out.jsonl holds replies, but none to these requests" in capsys.readouterr().err
+    assert target.read_bytes() == whole
+
+
+def test_replies_that_are_the_requests_are_not_overwritten(tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", **LINES[0]}])
+    whole, link = source.read_bytes(), tmp_path / "out.jsonl"
+    link.symlink_to(source)
+    assert main(["batch", str(source), "-o", str(link), *OPTIONS]) == 2
+    assert "out.jsonl is the file of requests" in capsys.readouterr().err and source.read_bytes() == whole
+
+
+def test_ctrl_c_after_the_output_was_rewritten_is_no_other_error(tmp_path, monkeypatch):
+    target, replace = write_lines(tmp_path / "out.jsonl", [*LINES[::-1], *LINES]), Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *paths: [replace(*paths), signal.raise_signal(signal.SIGINT)])
+    with closing(Output(target, [BatchJob(1, "one", None, "", {}, False)])) as output, pytest.raises(KeyboardInterrupt):
+        output.begin()
+    assert read_lines(target) == LINES[:1]
 
 
 @pytest.mark.parametrize("custom_id", [["a"], {"a": 1}, True, 1.5])

@@ -51,6 +51,7 @@ def client(address):  # noqa: F811
         ),
         ("/v1/chat/completions", {"stream_options": {"a": 1}, "priority": 2}, "priority, stream_options.a"),
         ("/v1/chat/completions", {"min_tokens": None}, None),
+        ("/v1/chat/completions", {"function_call": "auto"}, None),
         ("/v1/completions", {"prompt": "a", "messages": 1}, "messages"),
         ("/v1/responses", {"input": [{"role": "user", "content": "a", "b": 2}], "max_tokens": None}, "input[0].b"),
         ("/v1/messages", {"system": [{"type": "text", "text": "a", "b": 1}]}, "system[0].b"),
