@@ -6,12 +6,15 @@ import asyncio
 import json
 
 import pytest
-from serving import tiny_generator  # noqa: F401  fixtures
+from serving import (
+    call,
+    post,
+    tiny_generator,  # noqa: F401  fixtures
+)
 from tokenizers.processors import TemplateProcessing
 
 from qwen3fast import SamplingParams
 from qwen3fast.server.app import create_app
-from qwen3fast.server.in_process import call, post
 
 PROMPT = "The capital of France is Paris."
 MESSAGES = [{"role": "user", "content": "What is 17 + 25?"}]

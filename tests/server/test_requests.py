@@ -15,14 +15,13 @@ from unittest import mock
 import pytest
 import torch
 from conftest import randomized, slow_steps, small_config
-from serving import address, models  # noqa: F401  fixtures
+from serving import address, call, models, post  # noqa: F401  fixtures
 from serving import quick_generator as tiny_generator  # noqa: F401
 
 from qwen3fast import Embedder, Generator, SamplingParams
 from qwen3fast.cli import main
 from qwen3fast.server.app import create_app
 from qwen3fast.server.completions import TextOffset
-from qwen3fast.server.in_process import call, post
 from qwen3fast.server.loading import _base_of_adapter, _name_and_source
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.text.tokenizer import Tokenizer
