@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qwen3fast.checkpoint.lora.config import LoraConfig
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
@@ -60,7 +61,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     if args.revision is not None and len(specs) > 1:
         raise ValueError(f"--revision is for a single model, got {len(specs)}; download them first, and name folders")
     found = _find_models([source for _, _, source in specs], args.revision)
-    of_generators = {
+    of_generators: dict[str, Any] = {
         "max_batch_size": args.max_batch_size,
         "max_seq_len": args.max_seq_len,
         "max_queue": args.max_queue,
@@ -72,7 +73,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     }
     for kind, name, source in specs:
         logger.info("loading %s", name)
-        options = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
+        options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
         options["calibrate"] = False if args.no_calibrate else None
         if _base_of_adapter(source) is not None:
             options["adapter"] = source

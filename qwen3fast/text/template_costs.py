@@ -19,7 +19,7 @@ SHALLOW_FILTERS = frozenset(
 )
 
 # Methods of texts and filters that can repeat or widen a value, by a number or by the length of a text.
-_REPEATING = frozenset({"batch", "center", "indent", "join", "ljust", "replace", "rjust", "slice", "zfill"})
+_REPEATING = frozenset({"batch", "center", "indent", "join", "ljust", "rjust", "slice", "zfill"})
 
 _TOO_LARGE = 2**63  # more than any budget
 _WIDTH = re.compile(r"\d{5,}|\*|\{[^{}]*\{")  # a width of five digits, or one that an argument gives
@@ -60,6 +60,8 @@ def filter_cost(name: str, value: Any, args: list[Any], kwargs: dict[str, Any], 
     largest = max([1, *(abs(x) for x in given if isinstance(x, int)), *(len(x) for x in given if isinstance(x, str))])
     if name in _REPEATING:
         return value_size * largest
+    if name == "replace":
+        return _replace_cost(str(value), *args, **kwargs)
     if name in ("format", "format_map"):
         return _format_cost(str(value), size(given))
     if name == "round" and largest > 100:
@@ -67,6 +69,13 @@ def filter_cost(name: str, value: Any, args: list[Any], kwargs: dict[str, Any], 
     if name == "sum" and not isinstance(kwargs.get("start", args[1] if len(args) > 1 else 0), int | float):
         return value_size * value_size  # lists are copied again and again
     return 1
+
+
+def _replace_cost(text: str, old: Any = "", new: Any = "", count: Any = -1, **_: Any) -> int:
+    times = text.count(str(old))
+    if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+        times = min(times, count)
+    return len(text) + times * len(str(new))
 
 
 def _format_cost(text: str, arguments: int) -> int:
