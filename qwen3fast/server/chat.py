@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -17,9 +17,8 @@ from qwen3fast.server.conversation import Conversation, Delta, deltas
 from qwen3fast.server.fields import Fields
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
-from qwen3fast.server.prompt_scores import LOWEST, read_prompt_logprobs, to_prompt_logprobs
 from qwen3fast.server.replies import answer, new_id
-from qwen3fast.server.sampling import read_sampling, refuse_unless
+from qwen3fast.server.sampling import LOWEST, read_sampling, refuse_unless
 from qwen3fast.server.stream import DONE, event
 from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
 from qwen3fast.text.tokenizer import Tokenizer
@@ -67,9 +66,6 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
         raise fields.error("top_logprobs", "needs logprobs to be true", "invalid_value")
     sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), (top or 0) if wants_logprobs else None)
     sampling, must_call = forced(sampling, tokenizer_of(served), tools, choice)
-    prompt_logprobs = read_prompt_logprobs(fields)
-    if prompt_logprobs is not None:
-        sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=prompt_logprobs))
     usage_options, messages, stream = read_stream_options(fields), read_messages(fields), fields.flag("stream")
     refuse_unless(fields, functions=[], modalities=["text"])
     if fields.raw("function_call") != "auto":  # there are no functions
@@ -87,15 +83,11 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
 
 def to_completion(chat: ChatRequest, finished: list[GenerationResult]) -> dict[str, Any]:
     """Return the `chat.completion` object of finished replies."""
-    tokenizer, num_top = chat.tokenizer, chat.sampling.params.prompt_logprobs
-    completion = {
+    return {
         **chat.envelope("chat.completion"),
-        "choices": [_choice(chat, i, result, tokenizer) for i, result in enumerate(finished)],
-        "usage": usage(finished, 1, tokenizer),
+        "choices": [_choice(chat, i, result, chat.tokenizer) for i, result in enumerate(finished)],
+        "usage": usage(finished, 1, chat.tokenizer),
     }
-    if num_top is not None:
-        completion["prompt_logprobs"] = to_prompt_logprobs(finished[0].prompt_logprobs, num_top, tokenizer)
-    return completion
 
 
 def _choice(chat: ChatRequest, index: int, result: GenerationResult, tokenizer: Tokenizer) -> dict[str, Any]:

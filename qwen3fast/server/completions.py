@@ -14,9 +14,9 @@ from qwen3fast.results import GenerationResult, TokenLogprobs
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.models import ServedModel, tokenizer_of
-from qwen3fast.server.prompt_scores import LOWEST, only_prompt_chunk, read_prompt_logprobs, to_prompt_logprobs, with_top
+from qwen3fast.server.prompt_scores import only_prompt_chunk
 from qwen3fast.server.replies import Prompt, ReplyRequest, answer, new_id, pieces, started
-from qwen3fast.server.sampling import read_sampling, refuse_unless
+from qwen3fast.server.sampling import LOWEST, read_sampling, refuse_unless
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event
 from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
@@ -30,11 +30,10 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class CompletionRequest(ReplyRequest):
     """A request for a completion.
 
-    echo: the text begins with the prompt. prompt_logprobs: alternatives per token of the prompt, apart from the text
-    (vLLM's field). include_usage: in a last event of a stream. counts_tokens: usage so far also in each event.
+    echo: the text begins with the prompt. include_usage: in a last event of a stream. counts_tokens: usage so far also
+    in each event.
     """
 
-    prompt_logprobs: int | None
     echo: bool
     include_usage: bool
     counts_tokens: bool
@@ -86,13 +85,11 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     stream, echo = fields.flag("stream"), fields.flag("echo")
     if sampling.only_prompt and not echo:
         raise fields.error("max_tokens", "0 tokens need echo", "invalid_value")
-    prompt_logprobs = read_prompt_logprobs(fields)
-    wanted = [n for n in (prompt_logprobs, logprobs if echo else None) if n is not None]
-    if wanted:
-        sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=max(wanted)))
+    if echo and logprobs is not None:
+        sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=logprobs))
     prompts = read_prompts(fields, "prompt")
     options = read_stream_options(fields)
-    return CompletionRequest(served, sampling, prompts, prompt_logprobs, echo, *options, stream=stream)
+    return CompletionRequest(served, sampling, prompts, echo, *options, stream=stream)
 
 
 def read_prompts(fields: Fields, key: str) -> list[Prompt]:
@@ -120,18 +117,13 @@ def to_completions(wanted: CompletionRequest, finished: list[GenerationResult]) 
 
 
 def _choice(wanted: CompletionRequest, index: int, result: GenerationResult, tokenizer: Any) -> dict[str, Any]:
-    logprobs, top = None, wanted.sampling.params.logprobs
-    if top is not None and tokenizer is not None:
-        before = result.prompt_logprobs or () if wanted.scores_prompt else ()
-        ats = [*(with_top(at, top) for at in before), *(result.logprobs or ())]
+    logprobs = None
+    if result.logprobs is not None and tokenizer is not None:
+        ats = [*(result.prompt_logprobs or ()), *result.logprobs]
         first_id = wanted.first_id(index) if wanted.scores_prompt else None
         logprobs = to_logprobs(ats, tokenizer, TextOffset(tokenizer), first_id)
     text = wanted.echoed(index) + result.text
-    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
-    if wanted.prompt_logprobs is not None:
-        tokenizer = tokenizer_of(wanted.served)
-        choice["prompt_logprobs"] = to_prompt_logprobs(result.prompt_logprobs, wanted.prompt_logprobs, tokenizer)
-    return choice
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
 
 
 class TextOffset:

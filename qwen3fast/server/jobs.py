@@ -55,7 +55,7 @@ class BatchJob:
         choices = body["choices"]
         # The fields of a single reply stand in the line itself.
         reply = {"choices": choices} if len(choices) > 1 else {**choices[0], "index": None}
-        reply |= {name: body[name] for name in ("prompt_logprobs", "usage") if name in body}
+        reply["usage"] = body["usage"]
         return row | {name: value for name, value in reply.items() if value is not None}
 
 

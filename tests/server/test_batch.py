@@ -138,8 +138,8 @@ def test_a_plain_line_gets_all_that_it_asked_for(tmp_path, capsys):
     rows = [
         {"prompt": "a", "n": 3, "logprobs": 1, **greedy, "custom_id": "mine"},
         {"prompt": ["a", "b"], **greedy},
-        {"prompt": "a", "logprobs": 1, "prompt_logprobs": 1, **greedy},
-        {"messages": [{"role": "user", "content": "a"}], "prompt_logprobs": 0, "logprobs": True, **greedy},
+        {"prompt": "a", "logprobs": 1, **greedy},
+        {"messages": [{"role": "user", "content": "a"}], "logprobs": True, **greedy},
         {"prompt": "a", "max_token": 4, "temprature": 0},
         {"prompt": "a", "max_token": 4},
     ]
@@ -149,8 +149,8 @@ def test_a_plain_line_gets_all_that_it_asked_for(tmp_path, capsys):
     assert found["1"]["custom_id"] == "mine" and len(found["1"]["choices"]) == 3
     assert all(len(choice["logprobs"]["tokens"]) == 3 for choice in found["1"]["choices"])
     assert [choice["index"] for choice in found["2"]["choices"]] == [0, 1]
-    assert found["3"]["text"] and found["3"]["logprobs"]["tokens"] and found["3"]["prompt_logprobs"]
-    assert found["4"]["logprobs"]["content"] and found["4"]["prompt_logprobs"][0] is None
+    assert found["3"]["text"] and found["3"]["logprobs"]["tokens"]
+    assert found["4"]["logprobs"]["content"] and found["4"]["usage"]
     assert found["5"]["ignored_fields"] == "max_token, temprature"
     told = capsys.readouterr().err
     assert all(told.count(f"warning: the field {name} is ignored") == 1 for name in ("max_token", "temprature"))
