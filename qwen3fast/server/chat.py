@@ -20,7 +20,7 @@ from qwen3fast.server.models import ServedModel, tokenizer_of
 from qwen3fast.server.replies import answer, new_id
 from qwen3fast.server.sampling import LOWEST, read_sampling, refuse_unless
 from qwen3fast.server.stream import DONE, event
-from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
+from qwen3fast.server.usage import read_include_usage, usage
 from qwen3fast.text.tokenizer import Tokenizer
 from qwen3fast.text.tool_calls import ToolCall
 
@@ -31,13 +31,9 @@ WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifie
 
 @dataclass(frozen=True)
 class ChatRequest(Conversation):
-    """A request for a chat completion.
-
-    include_usage: in a last event of a stream. counts_tokens: usage so far also in each event.
-    """
+    """A request for a chat completion. include_usage: in a last event of a stream."""
 
     include_usage: bool = False
-    counts_tokens: bool = False
     id: str = field(default_factory=lambda: new_id("chatcmpl"))
 
     def envelope(self, kind: str) -> dict[str, Any]:
@@ -66,7 +62,7 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
         raise fields.error("top_logprobs", "needs logprobs to be true", "invalid_value")
     sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), (top or 0) if wants_logprobs else None)
     sampling, must_call = forced(sampling, tokenizer_of(served), tools, choice)
-    usage_options, messages, stream = read_stream_options(fields), read_messages(fields), fields.flag("stream")
+    include_usage, messages, stream = read_include_usage(fields), read_messages(fields), fields.flag("stream")
     refuse_unless(fields, functions=[], modalities=["text"])
     if fields.raw("function_call") != "auto":  # there are no functions
         refuse_unless(fields, function_call="none")
@@ -78,7 +74,7 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
         reason = "needs a final message of the assistant, without tool calls"
         raise fields.error("continue_final_message", reason, "invalid_value")
     shape: dict[str, Any] = {"tools": tools, "max_calls": read_max_calls(fields), "continues": continues}
-    return ChatRequest(served, sampling, messages, must_call, *usage_options, **shape, stream=stream)
+    return ChatRequest(served, sampling, messages, must_call, include_usage, **shape, stream=stream)
 
 
 def to_completion(chat: ChatRequest, finished: list[GenerationResult]) -> dict[str, Any]:
@@ -139,12 +135,11 @@ async def _events(request: Request, chat: ChatRequest) -> AsyncGenerator[bytes, 
         calls[i] += len(delta.tool_calls)
         if delta.logprobs:
             logprobs = {"content": [to_logprob(at, chat.tokenizer) for at in delta.logprobs], "refusal": None}
-        so_far = usage_so_far(delta.prompt_tokens, delta.new_tokens) if chat.counts_tokens else None
         if content or logprobs:
-            yield _chunk(chat, i, content, logprobs, so_far=so_far)
+            yield _chunk(chat, i, content, logprobs)
         if delta.result is not None:
             finished[i] = delta.result
-            yield _chunk(chat, i, {}, reason=finish_reason(delta.result, calls[i] > 0), so_far=so_far)
+            yield _chunk(chat, i, {}, reason=finish_reason(delta.result, calls[i] > 0))
     if chat.include_usage:
         every = [finished[i] for i in range(num_replies)]
         envelope = chat.envelope("chat.completion.chunk")
@@ -165,13 +160,8 @@ def _delta(delta: Delta, num_calls: int) -> dict[str, Any]:
 
 
 def _chunk(
-    chat: ChatRequest,
-    index: int,
-    delta: dict[str, Any],
-    logprobs: Any = None,
-    reason: str | None = None,
-    so_far: dict[str, int] | None = None,
+    chat: ChatRequest, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
 ) -> bytes:
     choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-    extra = {"usage": so_far} if chat.include_usage or so_far else {}
+    extra = {"usage": None} if chat.include_usage else {}
     return event({**chat.envelope("chat.completion.chunk"), "choices": [choice], **extra})

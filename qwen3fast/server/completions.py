@@ -19,7 +19,7 @@ from qwen3fast.server.replies import Prompt, ReplyRequest, answer, new_id, piece
 from qwen3fast.server.sampling import LOWEST, read_sampling, refuse_unless
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event
-from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
+from qwen3fast.server.usage import read_include_usage, usage
 from qwen3fast.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2048
@@ -30,13 +30,11 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class CompletionRequest(ReplyRequest):
     """A request for a completion.
 
-    echo: the text begins with the prompt. include_usage: in a last event of a stream. counts_tokens: usage so far also
-    in each event.
+    echo: the text begins with the prompt. include_usage: in a last event of a stream.
     """
 
     echo: bool
     include_usage: bool
-    counts_tokens: bool
     id: str = field(default_factory=lambda: new_id("cmpl"))
 
     def envelope(self) -> dict[str, Any]:
@@ -88,8 +86,7 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     if echo and logprobs is not None:
         sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=logprobs))
     prompts = read_prompts(fields, "prompt")
-    options = read_stream_options(fields)
-    return CompletionRequest(served, sampling, prompts, echo, *options, stream=stream)
+    return CompletionRequest(served, sampling, prompts, echo, read_include_usage(fields), stream=stream)
 
 
 def read_prompts(fields: Fields, key: str) -> list[Prompt]:
@@ -174,13 +171,10 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
     num_replies = wanted.num_replies
     finished: dict[int, GenerationResult] = {}
     offsets = [TextOffset(tokenizer) for _ in range(num_replies) if tokenizer is not None]
-    new_tokens = [0] * num_replies
 
     def to_event(index: int, text: str, logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        extra: dict[str, Any] = {"usage": None} if wanted.include_usage else {}
-        if wanted.counts_tokens:
-            extra = {"usage": usage_so_far(len(handles[index].request.prompt_ids), new_tokens[index])}
+        extra = {"usage": None} if wanted.include_usage else {}
         return event({**wanted.envelope(), "choices": [choice], **extra})
 
     async with started(wanted, state.options.compile_timeout_s) as handles:
@@ -188,7 +182,6 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
             yield to_event(i, wanted.echoed(i))
         async for i, chunk in pieces(handles, state.options.stream_interval_s):
             news = only_prompt_chunk(chunk) if wanted.sampling.only_prompt else chunk
-            new_tokens[i] += len(news.token_ids)
             logprobs, text = None, news.text
             ats = [*(news.prompt_logprobs or ()), *(news.logprobs or ())]
             if ats and tokenizer is not None:
