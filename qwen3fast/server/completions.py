@@ -14,7 +14,6 @@ from qwen3fast.results import GenerationResult, TokenLogprobs
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.models import ServedModel, tokenizer_of
-from qwen3fast.server.prompt_scores import only_prompt_chunk
 from qwen3fast.server.replies import Prompt, ReplyRequest, answer, new_id, pieces, started
 from qwen3fast.server.sampling import LOWEST, read_sampling, refuse_unless
 from qwen3fast.server.state import state_of
@@ -83,6 +82,8 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     stream, echo = fields.flag("stream"), fields.flag("echo")
     if sampling.only_prompt and not echo:
         raise fields.error("max_tokens", "0 tokens need echo", "invalid_value")
+    if sampling.only_prompt and stream:
+        raise fields.error("stream", "of 0 tokens is not available", "invalid_value")
     if echo and logprobs is not None:
         sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=logprobs))
     prompts = read_prompts(fields, "prompt")
@@ -180,8 +181,7 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
     async with started(wanted, state.options.compile_timeout_s) as handles:
         for i in range(num_replies if not wanted.scores_prompt else 0):
             yield to_event(i, wanted.echoed(i))
-        async for i, chunk in pieces(handles, state.options.stream_interval_s):
-            news = only_prompt_chunk(chunk) if wanted.sampling.only_prompt else chunk
+        async for i, news in pieces(handles, state.options.stream_interval_s):
             logprobs, text = None, news.text
             ats = [*(news.prompt_logprobs or ()), *(news.logprobs or ())]
             if ats and tokenizer is not None:

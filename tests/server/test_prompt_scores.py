@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import pytest
 from serving import (
     call,
-    post,
     tiny_generator,  # noqa: F401  fixtures
 )
 from tokenizers.processors import TemplateProcessing
@@ -79,19 +77,9 @@ def test_echo_of_no_token_is_the_prompt_and_its_scores(ask, prompt, logprobs):
             assert choice["logprobs"] == {name: values[:-1] for name, values in longer["logprobs"].items()}
 
 
-def test_a_stream_of_no_token_is_the_unstreamed_reply(tiny_generator):  # noqa: F811
-    app = create_app({"tiny": tiny_generator})
-    options = {"prompt": [PROMPT, "a b"], "echo": True, "logprobs": 1, "max_tokens": 0}
-    _, whole = asyncio.run(call(app, "/v1/completions", options))
-    stream = {"stream": True, "stream_options": {"include_usage": True}}
-    status, content = asyncio.run(post(app, "/v1/completions", {**options, **stream}))
-    events = [json.loads(line[6:]) for line in content.decode().splitlines() if line.startswith("data: {")]
-    assert status == 200 and events[-1]["usage"]["completion_tokens"] == 0
-    for choice in whole["choices"]:
-        parts = [e["choices"][0] for e in events if e["choices"] and e["choices"][0]["index"] == choice["index"]]
-        assert "".join(part["text"] for part in parts) == choice["text"]
-        assert [part["logprobs"] for part in parts if part["logprobs"]] == [choice["logprobs"]]
-        assert parts[-1]["finish_reason"] == "length"
+def test_a_stream_of_no_token_is_refused(ask):
+    status, reply = ask("/v1/completions", prompt=PROMPT, echo=True, max_tokens=0, stream=True)
+    assert (status, reply["error"]["param"]) == (400, "stream")
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
