@@ -126,14 +126,13 @@ class Embedder(TextModel):
         normalize = self._settings.normalize if normalize is None else checked_flag("normalize", normalize)
         size = self.config.hidden_size
         dimensions = size if dimensions is None else checked_integer("dimensions", dimensions, 1, size)
-        return on_live_threads(self._encode, rows, batch_size, progress, dimensions, normalize)
 
-    def _encode(
-        self, rows: list[list[int]], batch_size: int, progress: bool, dimensions: int, normalize: bool
-    ) -> Tensor:
-        is_mean = self._settings.pooling == "mean"
-        vectors_NE = last_states(self.model, rows, batch_size, progress, is_mean=is_mean)[:, :dimensions]
-        return F.normalize(vectors_NE, dim=-1) if normalize else vectors_NE.contiguous()
+        def compute() -> Tensor:
+            is_mean = self._settings.pooling == "mean"
+            vectors_NE = last_states(self.model, rows, batch_size, progress, is_mean=is_mean)[:, :dimensions]
+            return F.normalize(vectors_NE, dim=-1) if normalize else vectors_NE.contiguous()
+
+        return on_live_threads(compute)
 
     def _prompt(self, name: str | None, instruction: str | None) -> str:
         """Return the text to put before each text; empty with an instruction, which has a form of its own."""

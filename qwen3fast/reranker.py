@@ -66,10 +66,6 @@ class Reranker(TextModel):
     def _read_own(cls, folder: Path, check_weights: bool) -> dict[str, Any]:
         return {"score_head": find_score_head(folder, check_weights)}
 
-    @classmethod
-    def _needs_output_projection(cls, own: dict[str, Any]) -> bool:
-        return own["score_head"] is None
-
     def score(
         self,
         query: str,

@@ -238,22 +238,18 @@ class SamplingParams:
     def _check_constraints(self) -> None:
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise ValueError(f"logits_processor must be callable, got {self.logits_processor!r:.200}")
-        if self.json_schema is not None and not _is_json_object(self.json_schema):
-            raise ValueError(f"json_schema must be a dict or the JSON text of an object, got {self.json_schema!r:.200}")
-        if isinstance(self.json_schema, dict):
-            self._set("json_schema", to_plain(self.json_schema, "json_schema"))
-        for name in ("regex", "grammar"):
-            if (text := getattr(self, name)) is not None and (not isinstance(text, str) or not text):
-                raise ValueError(f"{name} must be a non-empty string, got {text!r:.200}")
-        for name in ("regex", "grammar", "json_schema"):
-            if isinstance(text := getattr(self, name), str):
-                checked_text(name, text)
-        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
-        if len(given) > 1:
-            first, second = given[:2]
+        shapes = {name: x for name in ("json_schema", "regex", "grammar") if (x := getattr(self, name)) is not None}
+        for name, value in shapes.items():
+            if name == "json_schema" and not _is_json_object(value):
+                raise ValueError(f"json_schema must be a dict or the JSON text of an object, got {value!r:.200}")
+            if name != "json_schema" and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name} must be a non-empty string, got {value!r:.200}")
+            self._set(name, checked_text(name, value) if isinstance(value, str) else to_plain(value, name))
+        if len(shapes) > 1:
+            (first, one), (second, other), *_ = shapes.items()
             raise ValueError(
                 f"{first} must be None where {second} is given (at most one of them), "
-                f"got {first}={getattr(self, first)!r:.200} and {second}={getattr(self, second)!r:.200}"
+                f"got {first}={one!r:.200} and {second}={other!r:.200}"
             )
 
     def _set(self, name: str, value: Any) -> None:

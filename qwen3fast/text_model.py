@@ -67,7 +67,7 @@ class TextModel:
         load = partial(
             load_model,
             quantization=quantization,
-            output_projection=cls._needs_output_projection(own),
+            output_projection=own.get("score_head", own) is None,  # a Reranker without one reads some of its rows
             check_weights=check_weights,
             calibrate=calibrate,
         )
@@ -77,8 +77,3 @@ class TextModel:
     def _read_own(cls, folder: Path, check_weights: bool) -> dict[str, Any]:
         """Return the arguments that only this class has, from the checkpoint's small files (or a GGUF file)."""
         raise NotImplementedError
-
-    @classmethod
-    def _needs_output_projection(cls, own: dict[str, Any]) -> bool:
-        """Return whether the model needs its output projection, which is left out otherwise if it is untied."""
-        return False

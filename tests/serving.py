@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,7 @@ from qwen3fast import Embedder, Generator, Reranker
 from qwen3fast.server import command
 from qwen3fast.server.app import create_app
 from qwen3fast.server.command import bind
+from qwen3fast.server.in_process import exchange
 from qwen3fast.server.models import AnyModel
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.text.tokenizer import Tokenizer
@@ -77,3 +79,14 @@ def address(models: dict[str, AnyModel]) -> Iterator[str]:
     """Where a server with these models listens."""
     with running(models) as url:
         yield url
+
+
+async def post(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+    """Post a JSON object to a path, without a socket. Returns: status and body, for a stream with all events."""
+    return (await exchange(app, path, body))[::2]
+
+
+async def call(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Post a JSON object to a path, without a socket. Returns: status and JSON body."""
+    status, content = await post(app, path, body)
+    return status, json.loads(content)

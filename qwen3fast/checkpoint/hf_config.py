@@ -162,15 +162,10 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
             reason = why_not(name, raw.get("model_type"))
             listed = ", ".join((*SUPPORTED_ARCHITECTURES, *WITH_TEXT_PART))
             raise ValueError(f"{where}: architecture {name!r} is not supported{reason}; supported: {listed}")
-    sliding = _sliding_field(raw)
-    unsupported = {
-        "hidden_act": (raw.get("hidden_act") not in (None, "silu", "swish"), "only 'silu' is"),
-        "layer_types": (sliding == "layer_types", "only 'full_attention' is"),
-        "use_sliding_window": (sliding == "use_sliding_window", "only full attention is"),
-    }
-    for name, (is_set, supported) in unsupported.items():
-        if is_set:
-            raise ValueError(f"{where}: {name}={raw.get(name)!r} is not supported; {supported}")
+    if (activation := raw.get("hidden_act")) not in (None, "silu", "swish"):
+        raise ValueError(f"{where}: hidden_act={activation!r} is not supported; only 'silu' is")
+    if (sliding := _sliding_field(raw)) is not None:
+        raise ValueError(f"{where}: {sliding}={raw[sliding]!r} is not supported; only 'full_attention' is")
     refuse_rope(raw, where)
 
 

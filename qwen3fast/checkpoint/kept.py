@@ -114,7 +114,8 @@ class KeptCopy:
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as temporary:
             whole = Path(temporary) / "copy"
             save_model(model, whole, calibration_tokens=calibration_tokens)
-            self.delete()
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
             whole.rename(self.folder)
         self.mark_as_read()
         oldest = time.time() - UNREAD_DAYS * 24 * 3600
@@ -130,11 +131,6 @@ class KeptCopy:
         """Set the time of the last load, by which unread copies are found."""
         with suppress(OSError):  # of a folder that cannot be written
             os.utime(self.folder)
-
-    def delete(self) -> None:
-        """Delete the copy, if there is one. Raises: OSError if that fails."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
 
 
 def _delete(copy: Path, reason: str) -> None:

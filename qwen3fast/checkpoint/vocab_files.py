@@ -62,18 +62,15 @@ def use_byte_level(base: BaseTokenizer, words: str, add_prefix_space: bool = Fal
 
 
 def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
-    """Return the added tokens by id, in order; of older folders, added_tokens.json has the ids.
+    """Return the added tokens by id, in order.
 
-    Raises: ValueError naming the file and its contents in place of tokens.
+    Raises: ValueError naming the file and its contents in place of tokens, or one of transformers before 4.34.
     """
     stored, file = settings.get("added_tokens_decoder"), folder / "tokenizer_config.json"
-    if stored is None:
-        file = folder / "added_tokens.json"
-        special = _special_texts(read_optional_json(folder / "special_tokens_map.json")) | _special_texts(settings)
-        ids = read_optional_json(file)
-        stored = {i: {"content": text, "special": text in special} for text, i in ids.items()}
+    if stored is None and (folder / "added_tokens.json").is_file():
+        raise ValueError(f"{file} has no added_tokens_decoder; save the tokenizer with a newer version of transformers")
     try:
-        tokens = {int(i): token for i, token in stored.items()}
+        tokens = {int(i): token for i, token in (stored or {}).items()}
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         return {
             i: AddedToken(tokens[i]["content"], **{name: bool(tokens[i].get(name)) for name in flags})
@@ -82,12 +79,6 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToke
         }
     except (AttributeError, KeyError, TypeError, ValueError) as err:
         raise ValueError(f"{file}: added tokens are damaged ({type(err).__name__}: {err})") from err
-
-
-def _special_texts(names: dict[str, Any]) -> set[str]:
-    listed = names.get("additional_special_tokens")
-    values = [*(listed if isinstance(listed, list) else []), *(names.get(name) for name in NAMED)]
-    return {text for text in map(_text_of, values) if text is not None}
 
 
 def _text_of(token: Any) -> str | None:

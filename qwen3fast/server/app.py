@@ -26,7 +26,7 @@ from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.page import index
 from qwen3fast.server.responses import create_response, delete_response, get_response
 from qwen3fast.server.state import ServerState
-from qwen3fast.server.status import health, metrics, model, models, openapi, ready
+from qwen3fast.server.status import health, metrics, model, models, ready
 from qwen3fast.server.tokens import detokenize, tokenize
 from qwen3fast.server.vectors import embeddings, rerank, score
 
@@ -50,7 +50,6 @@ ROUTES = [
     Route("/health", health),
     Route("/ready", ready),
     Route("/metrics", metrics),
-    Route("/openapi.json", openapi),
 ]
 
 

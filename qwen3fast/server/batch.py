@@ -26,13 +26,13 @@ from starlette.applications import Starlette
 
 from qwen3fast.files import file_to_read, file_to_write
 from qwen3fast.server.app import create_app
-from qwen3fast.server.jobs import BatchJob, Room, answered, id_of_line, is_answer, read_jobs
+from qwen3fast.server.jobs import HASHED, BatchJob, Room, answered, id_of_line, is_answer, read_jobs
 from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.options import ServerOptions
-from qwen3fast.server.ray_batch import add_ray_arguments, answers
+from qwen3fast.server.ray_batch import Note, add_ray_arguments, run_on_ray
 
 OPTIONS = ServerOptions(request_timeout_s=86_400.0, compile_timeout_s=60)
-BEGINNINGS = (b'{"key": "', b'{"id": "batch_req')  # of lines of the output, see `BatchJob.answer`
+BEGINNINGS = (b'{"key": "', f'{{"id": "{HASHED}'.encode())  # of lines of the output, see `BatchJob.answer`
 
 
 def _to_line(row: dict[str, Any]) -> bytes:
@@ -60,8 +60,7 @@ class Output:
             raise
 
     def _read(self, jobs: list[BatchJob]) -> None:
-        replies: dict[str, tuple[int, int, str]] = {}  # begin, end and name, by the request's id
-        older: dict[str, tuple[int, int, str]] = {}  # by name: custom_id or line number
+        replies: dict[str, tuple[int, int, str]] = {}  # begin, end and custom_id or line number, by the request's id
         end = 0
         self._file.seek(0)
         for raw in self._file:
@@ -78,27 +77,20 @@ class Output:
                     f"{self._path} has lines that are not replies of this command; choose another output file"
                 ) from err
             if is_whole and is_answer(row):
-                (older if id is None else replies).setdefault(id or name, (begin, end, name))
-        self.rest: list[BatchJob] = []
+                replies.setdefault(id, (begin, end, name))
+        self.rest = [job for job in jobs if job.id not in replies]
         self._kept: list[tuple[int, int, str | None]] = []  # begin, end, and the line number if it has changed
-        num_replies, num_older = len(replies) + len(older), len(older)
         for job in jobs:
-            found = replies.get(job.id) or older.pop(job.custom_id or str(job.line), None)
-            if found is None:
-                self.rest.append(job)
-            else:
-                line = str(job.line)
-                is_moved = job.id in replies and not job.is_openai and found[2] != line
-                self._kept.append((*found[:2], line if is_moved else None))
+            if job.id in replies:
+                begin, end, name = replies[job.id]
+                is_moved = not job.is_openai and name != str(job.line)
+                self._kept.append((begin, end, str(job.line) if is_moved else None))
         self._kept.sort()
-        if len(older) < num_older:
-            print(f"warning: {self._path} has replies of an earlier version; requests that have changed since are not "
-                  "answered again", file=sys.stderr)  # fmt: skip
-        if num_replies and not self._kept:
+        if replies and not self._kept:
             reason = "holds replies, but none to these requests; choose another output file, or remove this one"
             raise ValueError(f"{self._path} {reason}")
-        if num_replies > len(self._kept):
-            print(f"{num_replies - len(self._kept)} replies to other requests will be removed", file=sys.stderr)
+        if len(replies) > len(self._kept):
+            print(f"{len(replies) - len(self._kept)} replies to other requests will be removed", file=sys.stderr)
 
     def begin(self) -> None:
         """Remove all but the replies to the jobs from the file: half a line, errors, and replies to other requests.
@@ -107,34 +99,28 @@ class Output:
         """
         if self._has_begun:
             return
-        end = 0
-        for begin, next_end, line in self._kept:
-            if begin != end or line is not None:
-                break
-            end = next_end
+        ends = [0, *(end for _, end, _ in self._kept)]
+        has_gaps = any(begin != end for end, (begin, *_) in zip(ends, self._kept, strict=False))
         with self._named():
-            if self._kept and end < self._kept[-1][1]:
+            if has_gaps or any(line is not None for *_, line in self._kept):
                 self._rewrite()
             else:
-                self._file.truncate(end)
+                self._file.truncate(ends[-1])
         self._has_begun = True
 
     def _rewrite(self) -> None:
         target = self._path.resolve()  # a link stays one
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}-", delete=False) as new:
-            try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+            new = Path(folder) / target.name
+            with new.open("wb") as file:
                 for begin, end, line in self._kept:
                     self._file.seek(begin)
                     raw = self._file.read(end - begin)
-                    new.write(raw if line is None else _to_line(json.loads(raw) | {"key": line}))
-                new.flush()
-                os.fsync(new.fileno())  # a computer that fails keeps one of the two
-                new.close()
-                shutil.copymode(target, new.name)
-                Path(new.name).replace(target)
-            except BaseException:
-                Path(new.name).unlink(missing_ok=True)  # Ctrl-C may come after it was renamed
-                raise
+                    file.write(raw if line is None else _to_line(json.loads(raw) | {"key": line}))
+                file.flush()
+                os.fsync(file.fileno())  # a computer that fails keeps one of the two
+            shutil.copymode(target, new)
+            new.replace(target)
         self._file.close()
         self._file = target.open("a+b")
 
@@ -164,18 +150,13 @@ class Output:
             raise OSError(err.errno, err.strerror, str(self._path)) from err
 
 
-async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once: int, places: int, bar: Any) -> int:
-    """Answer all jobs, at most so many at once. places: of the queue, for their replies. Returns how many failed."""
+async def run_jobs(app: Starlette, jobs: list[BatchJob], at_once: int, places: int, note: Note) -> None:
+    """Answer all jobs, at most so many at once, and pass each output line on. places: of the queue, for replies."""
     waiting, room = iter(jobs), Room(places)
-    failed = 0
 
     async def work() -> None:
-        nonlocal failed
         for job in waiting:
-            row = await answered(app, job, room)
-            output.write(row)
-            failed += not is_answer(row)
-            bar.update()
+            note(await answered(app, job, room))
 
     tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
     try:
@@ -184,7 +165,6 @@ async def run_jobs(app: Starlette, jobs: list[BatchJob], output: Output, at_once
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return failed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,15 +196,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _answer_jobs(args: argparse.Namespace, total: int, bad: int, output: Output) -> int:
-    rest = output.rest
+    rest, failed = output.rest, 0
+
+    def note(row: dict[str, Any]) -> None:
+        nonlocal failed
+        output.write(row)
+        failed += not is_answer(row)
+        bar.update()
+
     if len(rest) < total:
         print(f"{total - len(rest)} of {total} requests were answered before", file=sys.stderr)
-    failed = 0
     if rest:
         bar = tqdm(total=total, initial=total - len(rest), desc="batch", unit="request")
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            failed = (_run_on_ray if args.ray else _run_here)(args, rest, output, bar)
+            (run_on_ray if args.ray else _run_here)(rest, args, OPTIONS, note)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to continue", file=sys.stderr)
             return 130
@@ -236,21 +222,11 @@ def _answer_jobs(args: argparse.Namespace, total: int, bad: int, output: Output)
     return 1 if failed or bad else 0
 
 
-def _run_here(args: argparse.Namespace, jobs: list[BatchJob], output: Output, bar: Any) -> int:
-    """Answer the jobs in this process. Returns how many failed."""
-    app = create_app(load_models(args), OPTIONS)
+def _run_here(jobs: list[BatchJob], args: argparse.Namespace, options: ServerOptions, note: Note) -> None:
+    """Answer the jobs in this process, and pass each output line on."""
+    app = create_app(load_models(args), options)
     at_once = max(1, min(2 * args.max_batch_size, args.max_queue))  # the next ones are ready when a slot is free
     try:
-        return asyncio.run(run_jobs(app, jobs, output, at_once, args.max_queue, bar))
+        asyncio.run(run_jobs(app, jobs, at_once, args.max_queue, note))
     finally:
         app.state.server.models.close()
-
-
-def _run_on_ray(args: argparse.Namespace, jobs: list[BatchJob], output: Output, bar: Any) -> int:
-    """Answer the jobs on a cluster. Returns how many failed."""
-    failed = 0
-    for row in answers(jobs, args, OPTIONS):
-        output.write(row)
-        failed += not is_answer(row)
-        bar.update()
-    return failed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -17,11 +17,10 @@ from qwen3fast.server.conversation import Conversation, Delta, deltas
 from qwen3fast.server.fields import Fields
 from qwen3fast.server.forced_calls import forced
 from qwen3fast.server.models import ServedModel, tokenizer_of
-from qwen3fast.server.prompt_scores import LOWEST, read_prompt_logprobs, to_prompt_logprobs
 from qwen3fast.server.replies import answer, new_id
-from qwen3fast.server.sampling import read_sampling, refuse_unless
+from qwen3fast.server.sampling import LOWEST, read_sampling, refuse_unless
 from qwen3fast.server.stream import DONE, event
-from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
+from qwen3fast.server.usage import read_include_usage, usage
 from qwen3fast.text.tokenizer import Tokenizer
 from qwen3fast.text.tool_calls import ToolCall
 
@@ -32,13 +31,9 @@ WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifie
 
 @dataclass(frozen=True)
 class ChatRequest(Conversation):
-    """A request for a chat completion.
-
-    include_usage: in a last event of a stream. counts_tokens: usage so far also in each event.
-    """
+    """A request for a chat completion. include_usage: in a last event of a stream."""
 
     include_usage: bool = False
-    counts_tokens: bool = False
     id: str = field(default_factory=lambda: new_id("chatcmpl"))
 
     def envelope(self, kind: str) -> dict[str, Any]:
@@ -67,10 +62,7 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
         raise fields.error("top_logprobs", "needs logprobs to be true", "invalid_value")
     sampling = read_sampling(fields, ("max_completion_tokens", "max_tokens"), (top or 0) if wants_logprobs else None)
     sampling, must_call = forced(sampling, tokenizer_of(served), tools, choice)
-    prompt_logprobs = read_prompt_logprobs(fields)
-    if prompt_logprobs is not None:
-        sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=prompt_logprobs))
-    usage_options, messages, stream = read_stream_options(fields), read_messages(fields), fields.flag("stream")
+    include_usage, messages, stream = read_include_usage(fields), read_messages(fields), fields.flag("stream")
     refuse_unless(fields, functions=[], modalities=["text"])
     if fields.raw("function_call") != "auto":  # there are no functions
         refuse_unless(fields, function_call="none")
@@ -82,20 +74,16 @@ def read_chat(fields: Fields, served: ServedModel) -> ChatRequest:
         reason = "needs a final message of the assistant, without tool calls"
         raise fields.error("continue_final_message", reason, "invalid_value")
     shape: dict[str, Any] = {"tools": tools, "max_calls": read_max_calls(fields), "continues": continues}
-    return ChatRequest(served, sampling, messages, must_call, *usage_options, **shape, stream=stream)
+    return ChatRequest(served, sampling, messages, must_call, include_usage, **shape, stream=stream)
 
 
 def to_completion(chat: ChatRequest, finished: list[GenerationResult]) -> dict[str, Any]:
     """Return the `chat.completion` object of finished replies."""
-    tokenizer, num_top = chat.tokenizer, chat.sampling.params.prompt_logprobs
-    completion = {
+    return {
         **chat.envelope("chat.completion"),
-        "choices": [_choice(chat, i, result, tokenizer) for i, result in enumerate(finished)],
-        "usage": usage(finished, 1, tokenizer),
+        "choices": [_choice(chat, i, result, chat.tokenizer) for i, result in enumerate(finished)],
+        "usage": usage(finished, 1, chat.tokenizer),
     }
-    if num_top is not None:
-        completion["prompt_logprobs"] = to_prompt_logprobs(finished[0].prompt_logprobs, num_top, tokenizer)
-    return completion
 
 
 def _choice(chat: ChatRequest, index: int, result: GenerationResult, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -147,12 +135,11 @@ async def _events(request: Request, chat: ChatRequest) -> AsyncGenerator[bytes, 
         calls[i] += len(delta.tool_calls)
         if delta.logprobs:
             logprobs = {"content": [to_logprob(at, chat.tokenizer) for at in delta.logprobs], "refusal": None}
-        so_far = usage_so_far(delta.prompt_tokens, delta.new_tokens) if chat.counts_tokens else None
         if content or logprobs:
-            yield _chunk(chat, i, content, logprobs, so_far=so_far)
+            yield _chunk(chat, i, content, logprobs)
         if delta.result is not None:
             finished[i] = delta.result
-            yield _chunk(chat, i, {}, reason=finish_reason(delta.result, calls[i] > 0), so_far=so_far)
+            yield _chunk(chat, i, {}, reason=finish_reason(delta.result, calls[i] > 0))
     if chat.include_usage:
         every = [finished[i] for i in range(num_replies)]
         envelope = chat.envelope("chat.completion.chunk")
@@ -173,13 +160,8 @@ def _delta(delta: Delta, num_calls: int) -> dict[str, Any]:
 
 
 def _chunk(
-    chat: ChatRequest,
-    index: int,
-    delta: dict[str, Any],
-    logprobs: Any = None,
-    reason: str | None = None,
-    so_far: dict[str, int] | None = None,
+    chat: ChatRequest, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
 ) -> bytes:
     choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-    extra = {"usage": so_far} if chat.include_usage or so_far else {}
+    extra = {"usage": None} if chat.include_usage else {}
     return event({**chat.envelope("chat.completion.chunk"), "choices": [choice], **extra})

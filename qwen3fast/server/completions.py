@@ -14,12 +14,11 @@ from qwen3fast.results import GenerationResult, TokenLogprobs
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.server.fields import Fields, describe
 from qwen3fast.server.models import ServedModel, tokenizer_of
-from qwen3fast.server.prompt_scores import LOWEST, only_prompt_chunk, read_prompt_logprobs, to_prompt_logprobs, with_top
 from qwen3fast.server.replies import Prompt, ReplyRequest, answer, new_id, pieces, started
-from qwen3fast.server.sampling import read_sampling, refuse_unless
+from qwen3fast.server.sampling import LOWEST, read_sampling, refuse_unless
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import DONE, event
-from qwen3fast.server.usage import read_stream_options, usage, usage_so_far
+from qwen3fast.server.usage import read_include_usage, usage
 from qwen3fast.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2048
@@ -30,14 +29,11 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class CompletionRequest(ReplyRequest):
     """A request for a completion.
 
-    echo: the text begins with the prompt. prompt_logprobs: alternatives per token of the prompt, apart from the text
-    (vLLM's field). include_usage: in a last event of a stream. counts_tokens: usage so far also in each event.
+    echo: the text begins with the prompt. include_usage: in a last event of a stream.
     """
 
-    prompt_logprobs: int | None
     echo: bool
     include_usage: bool
-    counts_tokens: bool
     id: str = field(default_factory=lambda: new_id("cmpl"))
 
     def envelope(self) -> dict[str, Any]:
@@ -86,13 +82,12 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     stream, echo = fields.flag("stream"), fields.flag("echo")
     if sampling.only_prompt and not echo:
         raise fields.error("max_tokens", "0 tokens need echo", "invalid_value")
-    prompt_logprobs = read_prompt_logprobs(fields)
-    wanted = [n for n in (prompt_logprobs, logprobs if echo else None) if n is not None]
-    if wanted:
-        sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=max(wanted)))
+    if sampling.only_prompt and stream:
+        raise fields.error("stream", "of 0 tokens is not available", "invalid_value")
+    if echo and logprobs is not None:
+        sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=logprobs))
     prompts = read_prompts(fields, "prompt")
-    options = read_stream_options(fields)
-    return CompletionRequest(served, sampling, prompts, prompt_logprobs, echo, *options, stream=stream)
+    return CompletionRequest(served, sampling, prompts, echo, read_include_usage(fields), stream=stream)
 
 
 def read_prompts(fields: Fields, key: str) -> list[Prompt]:
@@ -120,18 +115,13 @@ def to_completions(wanted: CompletionRequest, finished: list[GenerationResult]) 
 
 
 def _choice(wanted: CompletionRequest, index: int, result: GenerationResult, tokenizer: Any) -> dict[str, Any]:
-    logprobs, top = None, wanted.sampling.params.logprobs
-    if top is not None and tokenizer is not None:
-        before = result.prompt_logprobs or () if wanted.scores_prompt else ()
-        ats = [*(with_top(at, top) for at in before), *(result.logprobs or ())]
+    logprobs = None
+    if result.logprobs is not None and tokenizer is not None:
+        ats = [*(result.prompt_logprobs or ()), *result.logprobs]
         first_id = wanted.first_id(index) if wanted.scores_prompt else None
         logprobs = to_logprobs(ats, tokenizer, TextOffset(tokenizer), first_id)
     text = wanted.echoed(index) + result.text
-    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
-    if wanted.prompt_logprobs is not None:
-        tokenizer = tokenizer_of(wanted.served)
-        choice["prompt_logprobs"] = to_prompt_logprobs(result.prompt_logprobs, wanted.prompt_logprobs, tokenizer)
-    return choice
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
 
 
 class TextOffset:
@@ -182,21 +172,16 @@ async def _events(request: Request, wanted: CompletionRequest) -> AsyncGenerator
     num_replies = wanted.num_replies
     finished: dict[int, GenerationResult] = {}
     offsets = [TextOffset(tokenizer) for _ in range(num_replies) if tokenizer is not None]
-    new_tokens = [0] * num_replies
 
     def to_event(index: int, text: str, logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        extra: dict[str, Any] = {"usage": None} if wanted.include_usage else {}
-        if wanted.counts_tokens:
-            extra = {"usage": usage_so_far(len(handles[index].request.prompt_ids), new_tokens[index])}
+        extra = {"usage": None} if wanted.include_usage else {}
         return event({**wanted.envelope(), "choices": [choice], **extra})
 
     async with started(wanted, state.options.compile_timeout_s) as handles:
         for i in range(num_replies if not wanted.scores_prompt else 0):
             yield to_event(i, wanted.echoed(i))
-        async for i, chunk in pieces(handles, state.options.stream_interval_s):
-            news = only_prompt_chunk(chunk) if wanted.sampling.only_prompt else chunk
-            new_tokens[i] += len(news.token_ids)
+        async for i, news in pieces(handles, state.options.stream_interval_s):
             logprobs, text = None, news.text
             ats = [*(news.prompt_logprobs or ()), *(news.logprobs or ())]
             if ats and tokenizer is not None:

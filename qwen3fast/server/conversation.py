@@ -60,10 +60,7 @@ class Conversation(ReplyRequest):
 
 @dataclass(frozen=True)
 class Delta:
-    """A new part of a reply.
-
-    index: of the reply, below n. result: the whole reply, in its last delta. prompt_tokens, new_tokens: counts so far.
-    """
+    """A new part of a reply. index: of the reply, below n. result: the whole reply, in its last delta."""
 
     index: int
     reasoning: str
@@ -71,8 +68,6 @@ class Delta:
     tool_calls: list[ToolCall]
     logprobs: list[TokenLogprobs] | None = None
     result: GenerationResult | None = None
-    prompt_tokens: int = 0
-    new_tokens: int = 0
 
 
 async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[Delta | None]:
@@ -84,18 +79,15 @@ async def deltas(request: Request, conversation: Conversation) -> AsyncIterator[
     state, call_format = state_of(request), call_format_of(conversation.tokenizer.chat_template, conversation.tools)
     streams = [AnswerStream(call_format, conversation.max_calls) for _ in range(conversation.sampling.n)]
     finished: list[GenerationResult] = []
-    new_tokens = [0] * conversation.sampling.n
     async with started(conversation, state.options.compile_timeout_s) as handles:
-        prompt_tokens = len(handles[0].request.prompt_ids)
         yield None
         async for i, chunk in pieces(handles, state.options.stream_interval_s):
             stream, result = streams[i], chunk.result
-            new_tokens[i] += len(chunk.token_ids)
             answer = stream.push("" if conversation.must_call else chunk.answer)
             content, calls = answer.content, answer.tool_calls
             if result is not None:
                 finished.append(result)
                 last = stream.finish(*conversation.content_and_calls(result))
                 content, calls = content + last.content, calls + last.tool_calls
-            yield Delta(i, chunk.reasoning, content, calls, chunk.logprobs, result, prompt_tokens, new_tokens[i])
+            yield Delta(i, chunk.reasoning, content, calls, chunk.logprobs, result)
     state.count(request, conversation.served, finished)

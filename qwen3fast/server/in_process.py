@@ -1,4 +1,4 @@
-"""Requests to the application without a socket, for `batch` and tests. Source: ASGI specification 3.0."""
+"""Requests to the application without a socket, for `batch`. Source: ASGI specification 3.0."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ from starlette.applications import Starlette
 from starlette.types import Message
 
 
-async def call(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Post a JSON object to a path. Returns: status and JSON body. Canceling it simulates a client that leaves."""
-    status, content = await post(app, path, body)
-    return status, json.loads(content)
-
-
-async def post(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
-    """Post a JSON object to a path. Returns: status and body, for a stream with all events."""
-    return (await exchange(app, path, body))[::2]
-
-
 async def exchange(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
-    """Post a JSON object to a path. Returns: status, headers with names in lower case, and body."""
+    """Post a JSON object to a path; canceling it simulates a client that leaves.
+
+    Returns: status, headers with names in lower case, and body, for a stream with all events.
+    """
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},

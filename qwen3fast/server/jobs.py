@@ -26,7 +26,7 @@ from qwen3fast.server.replies import new_id
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_CELL = 2**27  # characters of a CSV file's cell; Python's default is less than a long prompt
-HASHED = "batch_req_"  # ids in OpenAI's form begin so; earlier versions wrote random ones, batch_req-...
+HASHED = "batch_req_"  # ids in OpenAI's form begin so
 URLS = (CHAT, COMPLETIONS, "/v1/embeddings", "/v1/responses")
 
 
@@ -66,7 +66,7 @@ class BatchJob:
         choices = body["choices"]
         # The fields of a single reply stand in the line itself.
         reply = {"choices": choices} if len(choices) > 1 else {**choices[0], "index": None}
-        reply |= {name: body[name] for name in ("prompt_logprobs", "usage") if name in body}
+        reply["usage"] = body["usage"]
         return row | {name: value for name, value in reply.items() if value is not None}
 
 
@@ -75,24 +75,20 @@ def is_answer(row: dict[str, Any]) -> bool:
     return bool(row["response"]["status_code"] == 200) if "response" in row else "error" not in row
 
 
-def id_of_line(row: Any) -> tuple[str | None, str]:
+def id_of_line(row: Any) -> tuple[str, str]:
     """Return the id of the request that an output line answers, and its custom_id or line number.
 
-    The id is None where an earlier version wrote the line.
     Raises: KeyError or TypeError for other lines.
     """
-    if not isinstance(row, dict):
-        raise TypeError("not an object")
     if "response" in row:
-        id, name, is_ours = row["id"], row["custom_id"], isinstance(row["response"]["status_code"], int)
-        hashed = id if str(id).startswith(HASHED) else None
+        id, name = row["id"], row["custom_id"]
+        is_ours = isinstance(row["response"]["status_code"], int) and str(id).startswith(HASHED)
     else:
-        id = hashed = row.get("id")
-        name, error = row["key"], row.get("error")
+        id, name, error = row["id"], row["key"], row.get("error")
         is_ours = isinstance(error, dict) if "error" in row else not {"text", "message", "choices"}.isdisjoint(row)
-    if not (is_ours and isinstance(name, str) and isinstance(id, str | None)):
+    if not (is_ours and isinstance(name, str) and isinstance(id, str)):
         raise TypeError("not an output line")
-    return hashed, name
+    return id, name
 
 
 class Room:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from qwen3fast.checkpoint.lora.config import LoraConfig
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
@@ -20,7 +20,6 @@ from qwen3fast.reranker import Reranker
 from qwen3fast.server.models import AnyModel
 
 logger = logging.getLogger("qwen3fast.server")
-M = TypeVar("M", Generator, Embedder, Reranker)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,47 +52,36 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
     """
     models: dict[str, AnyModel] = {}
     adapters = _adapters(args)
-    names = [*adapters, *(_name_and_source(spec)[0] for spec in args.model + args.embedder + args.reranker)]
+    given: dict[type[AnyModel], list[str]] = {Generator: args.model, Embedder: args.embedder, Reranker: args.reranker}
+    specs = [(kind, *_name_and_source(spec)) for kind, texts in given.items() for spec in texts]
+    specs = specs or [(Generator, "tiny", "tiny")]
+    names = [*adapters, *(name for _, name, _ in specs)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two models or adapters are named {twice[0]!r}; give each a name of its own, as NAME=SOURCE")
-    generators = args.model or ([] if args.embedder or args.reranker else ["tiny"])
-    specs = [*generators, *args.embedder, *args.reranker]
     if args.revision is not None and len(specs) > 1:
         raise ValueError(f"--revision is for a single model, got {len(specs)}; download them first, and name folders")
-    found = _find_models([_name_and_source(spec)[1] for spec in specs], args.revision)
-    adapter_folders = _find_adapters(adapters)
-
-    def load(spec: str, kind: type[M], **more: object) -> M:
-        name, source = _name_and_source(spec)
+    found = _find_models([source for _, _, source in specs], args.revision)
+    of_generators: dict[str, Any] = {
+        "max_batch_size": args.max_batch_size,
+        "max_seq_len": args.max_seq_len,
+        "max_queue": args.max_queue,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "adapters": _find_adapters(adapters),
+        "threads": args.threads,
+        "compile": True if args.warmup else "auto",
+        "cuda_graphs": not args.no_cuda_graphs,
+    }
+    for kind, name, source in specs:
         logger.info("loading %s", name)
-        common = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
-        common["calibrate"] = False if args.no_calibrate else None
+        options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
+        options["calibrate"] = False if args.no_calibrate else None
         if _base_of_adapter(source) is not None:
-            common["adapter"] = source
-        model: M = kind.from_pretrained(found[source], **common, **more)  # type: ignore[arg-type]
+            options["adapter"] = source
+        model = kind.from_pretrained(found[source], **options, **(of_generators if kind is Generator else {}))
         models[name] = model
-        return model
-
-    for spec in generators:
-        generator = load(
-            spec,
-            Generator,
-            max_batch_size=args.max_batch_size,
-            max_seq_len=args.max_seq_len,
-            max_queue=args.max_queue,
-            kv_cache_dtype=args.kv_cache_dtype,
-            adapters=adapter_folders,
-            threads=args.threads,
-            compile=True if args.warmup else "auto",
-            cuda_graphs=not args.no_cuda_graphs,
-        )
-        if args.warmup or (args.warmup is None and generator.device.type == "cuda"):
+        if isinstance(model, Generator) and (args.warmup or (args.warmup is None and model.device.type == "cuda")):
             logger.info("compiling for this machine; the first start can take minutes")
-            generator.warmup(progress=True)
-    for spec in args.embedder:
-        load(spec, Embedder)
-    for spec in args.reranker:
-        load(spec, Reranker)
+            model.warmup(progress=True)
     return models
 
 

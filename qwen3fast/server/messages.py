@@ -126,14 +126,12 @@ async def _events(request: Request, wanted: MessagesRequest) -> AsyncGenerator[b
             yield _event({"type": "message_start", "message": wanted.envelope([], no_usage)})
             continue
         has_calls = has_calls or bool(delta.tool_calls)
-        for each in [*blocks.text("thinking", delta.reasoning), *blocks.text("text", delta.content)]:
-            yield each
-        for call in delta.tool_calls:
-            for each in blocks.call(call):
-                yield each
+        news = [*blocks.text("thinking", delta.reasoning), *blocks.text("text", delta.content)]
+        news += [each for call in delta.tool_calls for each in blocks.call(call)]
         if delta.result is not None:
-            for each in blocks.close():
-                yield each
             end = _stop(wanted, delta.result, has_calls)
-            yield _event({"type": "message_delta", "delta": end, "usage": _usage(delta.result)})
+            usage = _usage(delta.result)
+            news += [*blocks.close(), _event({"type": "message_delta", "delta": end, "usage": usage})]
+        for each in news:
+            yield each
     yield _event({"type": "message_stop"})

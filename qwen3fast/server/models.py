@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen3fast.embedder import Embedder
@@ -72,7 +72,6 @@ class Models:
         if not models:
             raise ValueError("a server needs at least one model")
         self.served = [ServedModel(name, model) for name, model in models.items()]
-        self._adapted: dict[tuple[str, str], ServedModel] = {}  # by the names of model and adapter
         names = [served.name for served in self.with_adapters]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"models and adapters of a server need names of their own; duplicates: {', '.join(twice)}")
@@ -81,7 +80,7 @@ class Models:
     def with_adapters(self) -> list[ServedModel]:
         """The models in their order, then their adapters."""
         adapted = [
-            self._adapted.setdefault((own.name, name), ServedModel(name, own.model, name, own.name))
+            replace(own, name=name, adapter=name, parent=own.name)
             for own in self.served
             if isinstance(own.model, Generator)
             for name in own.model.adapters

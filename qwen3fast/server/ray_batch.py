@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from qwen3fast.server.app import create_app
 from qwen3fast.server.jobs import BatchJob, Room, answered
 from qwen3fast.server.loading import load_models
 from qwen3fast.server.options import ServerOptions
+
+Note = Callable[[dict[str, Any]], None]  # takes an output line
 
 
 class Worker:
@@ -38,15 +40,15 @@ class Worker:
         return list(await asyncio.gather(*(one(job) for job in jobs)))
 
 
-def answers(jobs: list[BatchJob], args: argparse.Namespace, options: ServerOptions) -> Iterator[dict[str, Any]]:
-    """Yield the output lines of all jobs as they come. Raises: ImportError without Ray."""
+def run_on_ray(jobs: list[BatchJob], args: argparse.Namespace, options: ServerOptions, note: Note) -> None:
+    """Answer the jobs on a cluster, and pass each output line on as it comes. Raises: ImportError without Ray."""
     try:
         import ray
     except ImportError as err:
         raise ImportError("--ray needs Ray; run: pip install 'qwen3fast[ray]'") from err
     ray.init(address=args.ray_address, ignore_reinit_error=True, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    block_size = min(2 * args.max_batch_size, args.max_queue)
+    block_size = max(1, min(2 * args.max_batch_size, args.max_queue))
     texts = [{"json": json.dumps(vars(job))} for job in jobs]
     replies = ray.data.from_items(texts, override_num_blocks=-(-len(texts) // block_size)).map_batches(
         Worker,
@@ -57,7 +59,7 @@ def answers(jobs: list[BatchJob], args: argparse.Namespace, options: ServerOptio
         num_gpus=args.worker_gpus,
     )
     for row in replies.iter_rows():
-        yield json.loads(row["json"])
+        note(json.loads(row["json"]))
 
 
 def add_ray_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,6 @@ from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.server.errors import ApiError
 from qwen3fast.server.fields import Fields, read_fields, refuse_or_name
 from qwen3fast.server.models import ServedModel, generator_of
-from qwen3fast.server.prompt_scores import only_prompt
 from qwen3fast.server.sampling import Sampling
 from qwen3fast.server.state import state_of
 from qwen3fast.server.stream import unless_disconnected
@@ -97,9 +96,25 @@ async def _complete(request: Request, wanted: ReplyRequest) -> list[GenerationRe
     async with started(wanted, state.options.compile_timeout_s) as handles:
         finished = list(await asyncio.gather(*(handle.aresult() for handle in handles)))
     if wanted.sampling.only_prompt:
-        finished = [only_prompt(result) for result in finished]
+        finished = [_only_prompt(result) for result in finished]
     state.count(request, wanted.served, finished)
     return finished
+
+
+def _only_prompt(result: GenerationResult) -> GenerationResult:
+    """Return a result without its reply: the engine makes one token at least."""
+    return replace(
+        result,
+        text="",
+        reasoning="",
+        answer="",
+        token_ids=[],
+        tool_calls=[],
+        malformed_tool_calls=[],
+        logprobs=None if result.logprobs is None else [],
+        finish_reason="length",
+        metrics=replace(result.metrics, new_tokens=0),
+    )
 
 
 @asynccontextmanager

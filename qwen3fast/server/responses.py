@@ -86,16 +86,14 @@ async def _response_events(request: Request, wanted: ResponseRequest) -> AsyncIt
                 yield {"type": "response.created", "response": wanted.to_response("in_progress", [])}
                 yield {"type": "response.in_progress", "response": wanted.to_response("in_progress", [])}
                 continue
-            for each in (*items.text("reasoning", delta.reasoning), *items.text("message", delta.content)):
-                yield each
-            for call in delta.tool_calls:
-                for each in items.call(call):
-                    yield each
+            news = [*items.text("reasoning", delta.reasoning), *items.text("message", delta.content)]
+            news += [each for call in delta.tool_calls for each in items.call(call)]
             if delta.result is not None:
-                for each in (*items.close(), *items.ensure_one()):
-                    yield each
+                news += [*items.close(), *items.ensure_one()]
                 response = _finish(state_of(request).responses, wanted, [delta.result], items.finished)
-                yield {"type": f"response.{response['status']}", "response": response}
+                news.append({"type": f"response.{response['status']}", "response": response})
+            for each in news:
+                yield each
     except Exception as err:
         if not is_begun:
             raise

@@ -12,6 +12,7 @@ from qwen3fast.server.fields import Fields, describe, is_number
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+LOWEST = -9999.0  # log-probability in replies: JSON has no infinity
 # How messages on the schema, pattern or grammar of a reply begin.
 OF_SHAPE = ("json_schema ", "regex ", "this JSON schema ", "this regular expression ", "this grammar ", "this schema, ")
 # Reasoning tokens for OpenAI's `reasoning_effort`. OpenAI states no numbers; these are ours, listed in the docs.
@@ -63,6 +64,7 @@ def read_sampling(
     Raises: ApiError (400) naming the field.
     """
     refuse_unless(fields, min_tokens=0, bad_words=[], skip_special_tokens=True, include_stop_str_in_output=False)
+    refuse_unless(fields, prompt_logprobs=None)
     limits = [fields.integer(name, least_max_tokens, MAX_COUNT) for name in max_tokens_names]
     limit = next((limit for limit in limits if limit is not None), default_max_tokens)
     shaped_by, structure = _structure(fields)

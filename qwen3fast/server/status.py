@@ -1,4 +1,4 @@
-"""`GET /v1/models`, `/health`, `/ready`, `/metrics` and `/openapi.json`."""
+"""`GET /v1/models`, `/health`, `/ready` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from qwen3fast.server.openapi import description
 from qwen3fast.server.state import state_of
 
 
@@ -43,8 +42,3 @@ async def metrics(request: Request) -> Response:
     """Return the metrics for Prometheus."""
     text = await asyncio.to_thread(state_of(request).metrics.render)  # asks the engine's thread, which may be busy
     return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-
-async def openapi(request: Request) -> Response:
-    """Describe the endpoints in OpenAPI's form."""
-    return JSONResponse(description(request.app.routes))

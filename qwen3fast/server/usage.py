@@ -24,18 +24,10 @@ def usage(every: list[GenerationResult], num_prompts: int, tokenizer: Tokenizer 
     }
 
 
-def usage_so_far(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-    """Return `usage` of a reply that is not finished."""
-    total = prompt_tokens + new_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": total}
-
-
-def read_stream_options(fields: Fields) -> tuple[bool, bool]:
-    """Return `include_usage` and vLLM's `continuous_usage_stats`. Raises: ApiError (400) naming the field."""
+def read_include_usage(fields: Fields) -> bool:
+    """Return whether a stream ends with the usage (`stream_options`). Raises: ApiError (400) naming the field."""
     options = fields.object("stream_options")
-    if options is None:
-        return False, False
-    return options.flag("include_usage"), options.flag("continuous_usage_stats")
+    return options is not None and options.flag("include_usage")
 
 
 def reasoning_tokens(result: GenerationResult, tokenizer: Tokenizer | None) -> int:

@@ -51,7 +51,6 @@ class ChatTemplate:
         self,
         messages: Any,
         tools: Any = None,
-        documents: Any = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | str = False,
         limits: TemplateLimits | None = None,
@@ -74,7 +73,7 @@ class ChatTemplate:
         given = {
             "messages": conversation,
             "tools": read_tools(tools),
-            "documents": _read_documents(documents),
+            "documents": None,
             "add_generation_prompt": field is None if add_generation_prompt is None else add_generation_prompt,
             **_read_variables(variables),
         }
@@ -172,15 +171,6 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
             raise ValueError(f"tools[{number}] must be a JSON schema (a dict) or a function, got {type(tool).__name__}")
         schemas.append(plain)
     return schemas
-
-
-def _read_documents(documents: Any) -> list[dict[str, Any]] | None:
-    if documents is None:
-        return None
-    plain = to_plain(documents, "documents")
-    if not isinstance(plain, list) or not all(isinstance(document, dict) for document in plain):
-        raise ValueError("documents must be a list of dicts, with 'title' and 'text' as a rule")
-    return plain
 
 
 def _read_variables(variables: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,10 @@ SHALLOW_FILTERS = frozenset(
     + "reject rejectattr reverse select selectattr slice".split()
 )
 
+# Methods of texts and filters that can repeat or widen a value, by a number or by the length of a text.
+_REPEATING = frozenset({"batch", "center", "indent", "join", "ljust", "rjust", "slice", "zfill"})
+
 _TOO_LARGE = 2**63  # more than any budget
-_PADDING = frozenset({"center", "ljust", "rjust", "zfill"})
 _WIDTH = re.compile(r"\d{5,}|\*|\{[^{}]*\{")  # a width of five digits, or one that an argument gives
 
 Size = Callable[[Any], int]
@@ -35,7 +37,10 @@ def operator_cost(operator: str, left: Any, right: Any, size: Size) -> int:
         for sequence, times in ((left, right), (right, left)):
             if isinstance(sequence, str | list | tuple) and isinstance(times, int):
                 return max(0, times) * size(sequence) + 1
-    return _length(left) + (len(right) if isinstance(right, str) else size(right)) if operator == "+" else 1
+    if operator == "+":
+        has_length = isinstance(left, str | list | tuple | dict)
+        return (len(left) if has_length else 1) + (len(right) if isinstance(right, str) else size(right))
+    return 1
 
 
 def method_cost(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size) -> int:
@@ -44,46 +49,26 @@ def method_cost(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], si
     text, name = getattr(bound, "__self__", None), getattr(bound, "__name__", "")
     if not isinstance(text, str):
         return 1
-    if name in ("format", "format_map"):
-        return _format_cost(text, size(list(args)) + size(kwargs))
-    if name == "replace":
-        return _replace_cost(text, *args, **kwargs)
-    if name == "join":
-        items = args[0] if args else ()
-        return size(items) + _length(items) * len(text)
-    if name in _PADDING:
-        return max([len(text), *(x for x in args if isinstance(x, int))])
-    return len(text) + 1
+    if name == "join":  # as the filter
+        return filter_cost(name, None, [text], {}, size(list(args)), size)
+    return max(len(text), filter_cost(name, text, list(args), kwargs, len(text) + 1, size))
 
 
 def filter_cost(name: str, value: Any, args: list[Any], kwargs: dict[str, Any], value_size: int, size: Size) -> int:
     """Return the cost of `value | name(*args, **kwargs)`; value_size: characters and items of the value."""
     given = [*args, *kwargs.values()]
-    numbers = [abs(x) for x in given if isinstance(x, int)]
-    largest = max(numbers, default=1)
+    largest = max([1, *(abs(x) for x in given if isinstance(x, int)), *(len(x) for x in given if isinstance(x, str))])
+    if name in _REPEATING:
+        return value_size * largest
     if name == "replace":
         return _replace_cost(str(value), *args, **kwargs)
-    if name == "join":
-        return value_size + _length(value) * max((len(x) for x in given if isinstance(x, str)), default=0)
-    if name == "format":
+    if name in ("format", "format_map"):
         return _format_cost(str(value), size(given))
-    if name in ("center", "batch", "slice"):
-        return value_size + largest
-    if name == "indent":
-        widest = max([4, *numbers, *(len(x) for x in given if isinstance(x, str))])
-        return value_size + (str(value).count("\n") + 1) * widest
-    if name == "round":
-        return 1 if largest <= 100 else _TOO_LARGE
+    if name == "round" and largest > 100:
+        return _TOO_LARGE
     if name == "sum" and not isinstance(kwargs.get("start", args[1] if len(args) > 1 else 0), int | float):
         return value_size * value_size  # lists are copied again and again
     return 1
-
-
-def _format_cost(text: str, arguments: int) -> int:
-    if _WIDTH.search(text):
-        return _TOO_LARGE
-    fields = text.count("%") + text.count("{")
-    return len(text) + fields * (arguments + 10_000)
 
 
 def _replace_cost(text: str, old: Any = "", new: Any = "", count: Any = -1, **_: Any) -> int:
@@ -93,5 +78,8 @@ def _replace_cost(text: str, old: Any = "", new: Any = "", count: Any = -1, **_:
     return len(text) + times * len(str(new))
 
 
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, str | list | tuple | dict) else 1
+def _format_cost(text: str, arguments: int) -> int:
+    if _WIDTH.search(text):
+        return _TOO_LARGE
+    fields = text.count("%") + text.count("{")
+    return len(text) + fields * (arguments + 10_000)

@@ -27,6 +27,7 @@ from qwen3fast.text.template_compiler import CountingCompiler, GenerationTag
 from qwen3fast.text.template_costs import ALWAYS_LARGE, SHALLOW_FILTERS, filter_cost, method_cost, operator_cost
 
 MAX_SOURCE_CHARS = 200_000  # compiling is not charged; the longest templates in use have about 30,000
+_SEQUENCES = (list, tuple, range, Set, ValuesView)
 UNITS_PER_ITEM = 8  # an item of a list takes the memory of about eight characters
 
 
@@ -137,9 +138,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(item, Mapping):
                 left += item
                 left += item.values()
-            if isinstance(item, Mapping | list | tuple | Set | ValuesView):
+            if isinstance(item, (Mapping, *_SEQUENCES)):
                 units += UNITS_PER_ITEM * len(item)
-            if isinstance(item, list | tuple | Set | ValuesView):
+            if isinstance(item, _SEQUENCES):
                 left += item
             self._charge(units)
             total += units

@@ -171,7 +171,6 @@ class Tokenizer:
         enable_thinking: bool = True,
         tokenize: bool = False,
         *,
-        documents: list[dict[str, Any]] | None = None,
         chat_template: str | None = None,
         continue_final_message: bool | str = False,
         **variables: Any,
@@ -183,7 +182,7 @@ class Tokenizer:
         docstring. add_generation_prompt: end with the beginning of a reply; True unless continue_final_message is set.
         continue_final_message: leave the final message open, for the model to continue its content or, if this is the
         name of another field (such as "reasoning_content"), that field. chat_template: another Jinja source to use.
-        documents, variables: what else the template reads.
+        variables: what else the template reads, such as documents.
 
         Returns: the text, or its token ids with tokenize=True.
         Raises: ValueError without a template, for malformed messages (naming the place), for keywords of
@@ -202,7 +201,6 @@ class Tokenizer:
         text = template.render(
             messages,
             tools,
-            documents,
             add_generation_prompt,
             continue_final_message,
             self.template_limits,

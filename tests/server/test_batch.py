@@ -160,8 +160,8 @@ def test_a_plain_line_gets_all_that_it_asked_for(tmp_path, capsys):
     rows = [
         {"prompt": "a", "n": 3, "logprobs": 1, **greedy, "custom_id": "mine"},
         {"prompt": ["a", "b"], **greedy},
-        {"prompt": "a", "logprobs": 1, "prompt_logprobs": 1, **greedy},
-        {"messages": [{"role": "user", "content": "a"}], "prompt_logprobs": 0, "logprobs": True, **greedy},
+        {"prompt": "a", "logprobs": 1, **greedy},
+        {"messages": [{"role": "user", "content": "a"}], "logprobs": True, **greedy},
         {"prompt": "a", "max_token": 4, "temprature": 0},
         {"prompt": "a", "max_token": 4},
     ]
@@ -171,8 +171,8 @@ def test_a_plain_line_gets_all_that_it_asked_for(tmp_path, capsys):
     assert found["1"]["custom_id"] == "mine" and len(found["1"]["choices"]) == 3
     assert all(len(choice["logprobs"]["tokens"]) == 3 for choice in found["1"]["choices"])
     assert [choice["index"] for choice in found["2"]["choices"]] == [0, 1]
-    assert found["3"]["text"] and found["3"]["logprobs"]["tokens"] and found["3"]["prompt_logprobs"]
-    assert found["4"]["logprobs"]["content"] and found["4"]["prompt_logprobs"][0] is None
+    assert found["3"]["text"] and found["3"]["logprobs"]["tokens"]
+    assert found["4"]["logprobs"]["content"] and found["4"]["usage"]
     assert found["5"]["ignored_fields"] == "max_token, temprature"
     told = capsys.readouterr().err
     assert all(told.count(f"warning: the field {name} is ignored") == 1 for name in ("max_token", "temprature"))
@@ -271,6 +271,8 @@ def test_a_full_disk_is_told_with_the_file_and_half_a_line_is_written_again(tmp_
         '{"key": "a"}\n',
         '{"key": 1, "text": "a"}\n',
         '{"id": "a", "custom_id": "a", "response": {}}\n',
+        '{"key": "1", "text": "of an earlier version, which wrote no hash"}\n',
+        '{"id": "batch_req-0", "custom_id": "so did this", "response": {"status_code": 200}, "error": null}\n',
     ],
 )
 def test_a_file_of_something_else_is_not_overwritten(tmp_path, notes):
@@ -297,19 +299,6 @@ def test_changed_inserted_and_removed_lines_leave_one_reply_per_line(tmp_path, c
         assert (f"{before} of {len(rows)} requests were answered before" in capsys.readouterr().err) is (before > 0)
 
 
-def test_replies_of_an_earlier_version_are_kept_by_their_line_or_custom_id(tmp_path, capsys):
-    body = {"prompt": "c", "max_tokens": 1}
-    form = {"method": "POST", "url": "/v1/completions", "body": body}
-    rows = [body, {**body, "custom_id": "b"}, *({"custom_id": name, **form} for name in ("c", "d"))]
-    older = [{"key": "1", "text": "old"}, {"key": "b", "text": "old"}, {"key": "9", "error": {"message": "no"}}]
-    older.append({"id": f"batch_req-{'0' * 32}", "custom_id": "c", "response": {"status_code": 200}, "error": None})
-    write_lines(tmp_path / "out.jsonl", older)
-    for _ in range(2):
-        found = run_batch(tmp_path, rows)
-        assert found[:3] == [older[0], older[1], older[3]] and [row["custom_id"] for row in found[3:]] == ["d"]
-        assert capsys.readouterr().err.count("has replies of an earlier version") == 1
-
-
 def test_a_link_stays_one_and_a_failed_rewrite_leaves_everything(tmp_path, monkeypatch, capsys):
     target, link = tmp_path / "real" / "out.jsonl", tmp_path / "out.jsonl"
     target.parent.mkdir()
@@ -329,10 +318,12 @@ def test_a_link_stays_one_and_a_failed_rewrite_leaves_everything(tmp_path, monke
 
 
 def test_the_output_stays_as_it_is_until_the_model_has_loaded(tmp_path, capsys):
-    replies = [{"key": "1", "text": "old"}, {"key": "2", "error": {"message": "no"}}]
-    target = write_lines(tmp_path / "out.jsonl", replies)
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "new"}])
+    answered = next(read_jobs(source))
+    failed = {"key": "2", "id": "two", "error": {"message": "no"}}
+    target = write_lines(tmp_path / "out.jsonl", [{"key": "1", "id": answered.id, "text": "old"}, failed])
     target.write_bytes(target.read_bytes() + b'{"key": "3')  # half a line
-    whole, source = target.read_bytes(), write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "new"}])
+    whole = target.read_bytes()
     assert main(["batch", str(source), "-o", str(target), "--model", str(tmp_path / "none"), *OPTIONS]) == 2
     told = capsys.readouterr().err
     assert "1 of 2 requests were answered before" in told and f"{tmp_path / 'none'}" in told

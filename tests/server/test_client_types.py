@@ -9,12 +9,11 @@ import threading
 
 import pytest
 from conftest import wait_until
-from serving import models, running  # noqa: F401  fixtures
+from serving import call, models, post, running  # noqa: F401  fixtures
 from serving import quick_generator as tiny_generator  # noqa: F401
 
 from qwen3fast import Generator, SamplingParams
 from qwen3fast.server.app import create_app
-from qwen3fast.server.in_process import call, post
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")

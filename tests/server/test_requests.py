@@ -14,15 +14,14 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import randomized, slow_steps, small_config
-from serving import address, models  # noqa: F401  fixtures
+from conftest import randomized, small_config
+from serving import address, call, models, post  # noqa: F401  fixtures
 from serving import quick_generator as tiny_generator  # noqa: F401
 
 from qwen3fast import Embedder, Generator, SamplingParams
 from qwen3fast.cli import main
 from qwen3fast.server.app import create_app
 from qwen3fast.server.completions import TextOffset
-from qwen3fast.server.in_process import call, post
 from qwen3fast.server.loading import _base_of_adapter, _name_and_source
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.text.tokenizer import Tokenizer
@@ -392,21 +391,6 @@ def test_events_of_a_stream_keep_their_interval_and_the_end_does_not(tiny_genera
 def test_intervals_that_no_stream_can_keep_are_refused(seconds):
     with pytest.raises(ValueError, match="stream_interval_s must be 0 or a positive number, got"):
         ServerOptions(stream_interval_s=seconds)
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_usage_in_each_event_grows_to_that_of_the_whole_reply(tiny_generator, path):  # noqa: F811
-    prompt = {"messages": CHAT["messages"]} if "chat" in path else {"prompt": "What is 17 + 25?"}
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    body = {**prompt, "temperature": 0, "max_tokens": 20, "stream": True, "stream_options": options}
-    app = create_app({"tiny": tiny_generator}, ServerOptions(stream_interval_s=0, strict=True))
-    with slow_steps(tiny_generator):  # several events, though the loop may be late
-        _, stream = asyncio.run(post(app, path, body))
-    events = [json.loads(data) for data in re.findall(rb"data: (\{.*\})\n\n", stream)]
-    *during, last = [event["usage"] for event in events if event["usage"]]
-    counts = [used["completion_tokens"] for used in during]
-    assert counts == sorted(counts) and len(set(counts)) > 1
-    assert {name: last[name] for name in during[-1]} == during[-1]
 
 
 def test_a_conversation_that_takes_long_to_render_holds_up_no_other_client(tiny_generator, monkeypatch):  # noqa: F811

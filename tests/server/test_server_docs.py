@@ -11,13 +11,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from serving import address, models  # noqa: F401  fixtures
+from serving import address, models, post  # noqa: F401  fixtures
 from serving import quick_generator as tiny_generator  # noqa: F401
 
 from qwen3fast.server.app import create_app
 from qwen3fast.server.command import add_arguments
 from qwen3fast.server.fields import Fields
-from qwen3fast.server.in_process import post
 
 httpx = pytest.importorskip("httpx")
 

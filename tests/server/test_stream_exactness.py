@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from serving import call, post
 from serving import quick_generator as tiny_generator  # noqa: F401
 
 from qwen3fast import Generator
@@ -23,7 +24,6 @@ from qwen3fast.engine.state import Logprobs
 from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.request import Request
 from qwen3fast.server.app import create_app
-from qwen3fast.server.in_process import call, post
 from qwen3fast.text.stream import TextStream
 from qwen3fast.text.tokenizer import Tokenizer
 

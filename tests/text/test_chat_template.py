@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import threading
 import time
+import tracemalloc
 from typing import Any, Literal, Optional
 
 import numpy as np
@@ -369,6 +370,17 @@ def test_templates_that_loop_or_grow_end_with_an_error_that_names_them(template)
     tokenizer = templated(template, TemplateLimits(max_chars=100_000, max_seconds=0.3))
     with pytest.raises(ValueError, match=r"folder/chat_template\.jinja .*template_limits"):
         tokenizer.apply_chat_template([USER])
+
+
+def test_a_large_text_is_refused_before_it_is_made():
+    tokenizer = templated("{{ range(99999) | join('x' * 1000) | length }}")  # 100 million characters
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="template_limits"):
+            tokenizer.apply_chat_template([USER])
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_time_is_bounded_whatever_the_size(monkeypatch):

@@ -12,6 +12,7 @@ R rows   K in_features   B blocks   G = K/32 groups
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -31,109 +32,74 @@ class Kept(NamedTuple):
     pack: Callable[[np.ndarray], Packed]
 
 
-def levels_of_q4_0(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return levels (R, K) uint8 and scales (R, G) float32 of rows in Q4_0: the scale in float16, then 16 bytes."""
-    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 2 + GROUP // 2)
-    return halves(block_RGB[..., 2:]), float16_at(block_RGB, 0)
+def read_32(rows: np.ndarray, num_floats: int = 1, bits: int = 4) -> tuple[Tensor, ...]:
+    """Return levels (R, K) uint8 of rows in blocks of 32 channels, and the float16 numbers that each block begins with.
+
+    These are one or two tensors, (R, G) float32. Then come, with 5 bits, 4 bytes of fifth bits, one per channel; and 16
+    bytes of halves.
+    """
+    begin = 2 * num_floats + (4 if bits == 5 else 0)
+    block_RGB = torch.from_numpy(rows).view(len(rows), -1, begin + GROUP // 2)
+    level_RK = halves(block_RGB[..., begin:])
+    if bits == 5:
+        shift_C = torch.arange(GROUP, dtype=torch.int32)
+        high = block_RGB[..., begin - 4 : begin].contiguous().view(torch.int32) >> shift_C & 1
+        level_RK |= high.to(torch.uint8).flatten(1) << 4
+    return level_RK, *(float16_at(block_RGB, 2 * i) for i in range(num_floats))
 
 
 def pack_q4_0(rows: np.ndarray) -> Packed:
     """Pack rows of Q4_0: the same levels, scales rounded to bfloat16 (by a share of 2^-9 at most)."""
-    return pack_int4(*levels_of_q4_0(rows))
+    return pack_int4(*read_32(rows))
 
 
-def pack_q4_0_exactly(rows: np.ndarray) -> Packed:
-    """Pack rows of Q4_0, exactly, with 8 as the zero point."""
-    level_RK, scale_RG = levels_of_q4_0(rows)
-    return pack_zeros(level_RK, scale_RG, torch.full_like(scale_RG, 8))
+def pack_zero(rows: np.ndarray, bits: int) -> Packed:
+    """Pack rows of Q4_0 or Q5_0, exactly: a scale, and the middle level as the zero point."""
+    level_RK, scale_RG = read_32(rows, bits=bits)
+    return pack_zeros(level_RK, scale_RG, torch.full_like(scale_RG, 2 ** (bits - 1)), bits=bits)
 
 
-def pack_q4_1(rows: np.ndarray) -> Packed:
-    """Pack rows of Q4_1, exactly: the scale and the smallest number in float16, then 16 bytes."""
-    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 4 + GROUP // 2)
-    d_RG, dmin_RG = float16_at(block_RGB, 0), -float16_at(block_RGB, 2)
-    one_RG = torch.ones(block_RGB.shape[:2], dtype=torch.uint8)
-    return pack_minimums(halves(block_RGB[..., 4:]), d_RG, dmin_RG, one_RG, one_RG)
+def pack_minimum(rows: np.ndarray, bits: int) -> Packed:
+    """Pack rows of Q4_1 or Q5_1, exactly: the scale, and the smallest number."""
+    level_RK, d_RG, least_RG = read_32(rows, num_floats=2, bits=bits)
+    one_RG = torch.ones(d_RG.shape, dtype=torch.uint8)
+    return pack_minimums(level_RK, d_RG, -least_RG, one_RG, one_RG, bits=bits)
 
 
-def pack_q5_0(rows: np.ndarray) -> Packed:
-    """Pack rows of Q5_0, exactly, with 16 as the zero point: the scale in float16, 4 bytes of fifth bits, 16 bytes."""
-    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 6 + GROUP // 2)
-    scale_RG = float16_at(block_RGB, 0)
-    return pack_zeros(with_fifth_bits(block_RGB[..., 2:]), scale_RG, torch.full_like(scale_RG, 16), bits=5)
+def pack_k(rows: np.ndarray, bits: int) -> Packed:
+    """Pack rows of Q4_K or Q5_K, exactly: d and dmin in float16, 12 bytes of s and m in 6 bits, 128 bytes of halves.
 
-
-def pack_q5_1(rows: np.ndarray) -> Packed:
-    """Pack rows of Q5_1, exactly: the scale and the smallest number in float16, then as Q5_0."""
-    block_RGB = torch.from_numpy(rows).view(len(rows), -1, 8 + GROUP // 2)
-    d_RG, dmin_RG = float16_at(block_RGB, 0), -float16_at(block_RGB, 2)
-    one_RG = torch.ones(block_RGB.shape[:2], dtype=torch.uint8)
-    return pack_minimums(with_fifth_bits(block_RGB[..., 4:]), d_RG, dmin_RG, one_RG, one_RG, bits=5)
-
-
-def with_fifth_bits(byte: Tensor) -> Tensor:
-    """Return levels (R, K) uint8 of 5 bits. byte: per 32 channels 4 bytes, a bit per channel, and 16 with halves."""
-    shift_C = torch.arange(GROUP, dtype=torch.int32)
-    high = byte[..., :4].contiguous().view(torch.int32) >> shift_C & 1
-    return halves(byte[..., 4:]) | high.to(torch.uint8).flatten(1) << 4
-
-
-def pack_q4_k(rows: np.ndarray) -> Packed:
-    """Pack rows of Q4_K, exactly: d and dmin in float16, 12 bytes of s and m in 6 bits each, then 128 bytes."""
-    block_RBX = torch.from_numpy(rows).view(len(rows), -1, 144)
-    word_RBX = block_RBX.view(torch.int32)
-    s_RB8, m_RB8 = scales_in_6_bits(word_RBX[..., 1:4])
-    level_RK = halves(word_RBX[..., 4:].unflatten(2, (4, 8)))
-    d_RB, dmin_RB = float16_at(block_RBX, 0), float16_at(block_RBX, 2)
-    return pack_minimums(level_RK, d_RB, dmin_RB, s_RB8.flatten(1), m_RB8.flatten(1), is_short=True)
-
-
-def pack_q5_k(rows: np.ndarray) -> Packed:
-    """Pack rows of Q5_K, exactly."""
-    level_BGC, (d_B1, dmin_B1), (s_BG, m_BG) = levels_of_q5_k(rows)
-    level_RK, d_RB, dmin_RB, s_RG, m_RG = (x.view(len(rows), -1) for x in (level_BGC, d_B1, dmin_B1, s_BG, m_BG))
-    return pack_minimums(level_RK, d_RB, dmin_RB, s_RG, m_RG, is_short=True, bits=5)
-
-
-def levels_of_q5_k(rows: np.ndarray) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return what Q5_K holds: as Q4_K, with 32 bytes of highest bits before the halves.
-
-    Bit g of byte i belongs to channel i of the 32 channels of group g.
-    Returns: levels (B, 8, 32) uint8; d and dmin (B, 1) float32; s and m (B, 8) uint8.
+    Q5_K has 32 bytes of highest bits before the halves: bit g of byte i belongs to channel i of the 32 of group g.
     """
-    block_BX = torch.from_numpy(rows).view(-1, 176)
-    word_BX = block_BX.view(torch.int32)  # four bytes at a time
-    low_B8C = halves(word_BX[:, 12:].unflatten(1, (4, 8))).view(-1, 8, 32)
-    high_B8C = torch.stack([word_BX[:, 4:12] >> g & 0x01010101 for g in range(8)], dim=1).view(torch.uint8)
-    units = float16_at(block_BX, 0)[:, None], float16_at(block_BX, 2)[:, None]
-    return low_B8C | high_B8C << 4, units, scales_in_6_bits(word_BX[:, 1:4])
+    block_RBX = torch.from_numpy(rows).view(len(rows), -1, 176 if bits == 5 else 144)
+    word_RBX = block_RBX.view(torch.int32)  # four bytes at a time
+    level_RK = halves(word_RBX[..., -32:].unflatten(2, (4, 8)))
+    if bits == 5:
+        high_RB8X = torch.stack([word_RBX[..., 4:12] >> g & 0x01010101 for g in range(8)], dim=2)
+        level_RK |= high_RB8X.flatten(1).view(torch.uint8) << 4
+    s_RB8, m_RB8 = scales_in_6_bits(word_RBX[..., 1:4])
+    d_RB, dmin_RB = float16_at(block_RBX, 0), float16_at(block_RBX, 2)
+    return pack_minimums(level_RK, d_RB, dmin_RB, s_RB8.flatten(1), m_RB8.flatten(1), is_short=True, bits=bits)
 
 
 def pack_q6_k(rows: np.ndarray) -> Packed:
-    """Pack rows of Q6_K, exactly."""
-    level_BSC, d_B1, s_BS = levels_of_q6_k(rows)
-    return pack_int6(*(x.view(len(rows), -1) for x in (level_BSC, d_B1, s_BS)))
-
-
-def levels_of_q6_k(rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what Q6_K holds: per 256 channels 128 bytes of halves, 64 of high bits, 16 scales, d.
+    """Pack rows of Q6_K, exactly: per 256 channels 128 bytes of halves, 64 of high bits, 16 scales, d.
 
     Each half of a block has 64 bytes of halves, for channels i and 64 + i, and 32 bytes of two bits each, for channels
-    i, 32 + i, 64 + i and 96 + i. A scale is of 16 channels.
-    Returns: levels (B, 16, 16) uint8, 32 for zero; d (B, 1) float32; scales (B, 16) int8.
+    i, 32 + i, 64 + i and 96 + i. A scale is of 16 channels; 32 is the level of zero.
     """
-    block_BX = torch.from_numpy(rows).view(-1, 210)
-    pair_BX = block_BX.view(torch.int16)  # two bytes at a time
-    low_BC = halves(pair_BX[:, :64].unflatten(1, (2, 32)))
-    high_B2X = pair_BX[:, 64:96].unflatten(1, (2, 16))
-    high_BC = torch.cat([high_B2X >> shift & 0x0303 for shift in (0, 2, 4, 6)], dim=2).flatten(1).view(torch.uint8)
-    scale_BS = block_BX[:, 192:208].contiguous().view(torch.int8)
-    return (low_BC | high_BC << 4).view(-1, 16, 16), float16_at(block_BX, 208)[:, None], scale_BS
+    block_RBX = torch.from_numpy(rows).view(len(rows), -1, 210)
+    pair_RBX = block_RBX.view(torch.int16)  # two bytes at a time
+    low_RK = halves(pair_RBX[..., :64].unflatten(2, (2, 32)))
+    high_RB2X = pair_RBX[..., 64:96].unflatten(2, (2, 16))
+    high_RB2X = torch.cat([high_RB2X >> shift & 0x0303 for shift in (0, 2, 4, 6)], dim=3)
+    scale_RS = block_RBX[..., 192:208].contiguous().view(torch.int8).flatten(1)
+    return pack_int6(low_RK | high_RB2X.flatten(1).view(torch.uint8) << 4, float16_at(block_RBX, 208), scale_RS)
 
 
 def pack_iq4_nl(rows: np.ndarray) -> Packed:
     """Pack rows of IQ4_NL, exactly."""
-    return pack_nl4(*levels_of_q4_0(rows))
+    return pack_nl4(*read_32(rows))
 
 
 def pack_iq4_xs(rows: np.ndarray) -> Packed:
@@ -180,12 +146,15 @@ def _affine(name: str, layout: Layout) -> Format:
 
 # The formats that keep each type's levels; the first one is the default.
 KEPT = {
-    "Q4_0": (Kept(SAVED_FORMATS["int4"], pack_q4_0), Kept(_affine("uint4", Layout(32, True)), pack_q4_0_exactly)),
-    "Q4_1": (Kept(_affine("uint4", Layout(32)), pack_q4_1),),
-    "Q5_0": (Kept(_affine("uint5", Layout(32, has_zero=True)), pack_q5_0),),
-    "Q5_1": (Kept(_affine("uint5", Layout(32)), pack_q5_1),),
-    "Q4_K": (Kept(SAVED_FORMATS["uint4"].with_layout(Layout.short), pack_q4_k),),
-    "Q5_K": (Kept(SAVED_FORMATS["uint5"], pack_q5_k),),
+    "Q4_0": (
+        Kept(SAVED_FORMATS["int4"], pack_q4_0),
+        Kept(_affine("uint4", Layout(32, has_zero=True)), partial(pack_zero, bits=4)),
+    ),
+    "Q4_1": (Kept(_affine("uint4", Layout(32)), partial(pack_minimum, bits=4)),),
+    "Q5_0": (Kept(_affine("uint5", Layout(32, has_zero=True)), partial(pack_zero, bits=5)),),
+    "Q5_1": (Kept(_affine("uint5", Layout(32)), partial(pack_minimum, bits=5)),),
+    "Q4_K": (Kept(SAVED_FORMATS["uint4"].with_layout(Layout.short), partial(pack_k, bits=4)),),
+    "Q5_K": (Kept(SAVED_FORMATS["uint5"], partial(pack_k, bits=5)),),
     "Q6_K": (Kept(SAVED_FORMATS["int6"], pack_q6_k),),
     "IQ4_NL": (Kept(SHORT_NL4, pack_iq4_nl),),
     "IQ4_XS": (Kept(SAVED_FORMATS["nl4"], pack_iq4_xs),),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.gguf.levels import KEPT
-from qwen3fast.checkpoint.gguf.numbers import NUMBERS
 from qwen3fast.quantization.formats import LANES, Format, Packed, put_rows
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -110,8 +109,6 @@ class StoredTensor:
         """Return the numbers of some rows, (R, K) float32."""
         if self.type in FLOATS:
             return torch.from_numpy(rows).view(FLOATS[self.type]).float()
-        if self.type in NUMBERS:
-            return NUMBERS[self.type](rows)
         gguf = import_gguf()
         with np.errstate(all="ignore"):  # whatever a damaged scale results in
             return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.type]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qwen3fast.checkpoint.lora.patterns import OPTIONAL_PATH, Matches, match_patterns
+from qwen3fast.checkpoint.lora.patterns import Matches, match_patterns
 from qwen3fast.files import read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -127,7 +127,7 @@ _FIELDS = [f.name for f in fields(LoraConfig) if f.name != "matches"]  # in the 
 
 
 def _end(key: str) -> str:
-    return rf"{OPTIONAL_PATH}({key})$"
+    return rf"(.*\.)?({key})$"
 
 
 def _refuse_features(raw: dict[str, Any], file: Path) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 
 MAX_SECONDS = 5
-OPTIONAL_PATH = r"(.*\.)?"
 Matches = dict[str, set[str]]  # a regular expression -> the names that it matches as a whole
 
 _PROGRAM = (
@@ -20,19 +18,12 @@ _PROGRAM = (
 def match_patterns(patterns: list[str], names: list[str]) -> Matches:
     """Return the names that each regular expression matches as a whole.
 
-    Python's engine backtracks, for years on some expressions, and cannot be interrupted. Expressions with quantifiers
-    are therefore matched in a process of their own, for MAX_SECONDS at most. (A leading OPTIONAL_PATH is harmless.)
+    Python's engine backtracks, for years on some expressions, and cannot be interrupted: they are matched in a
+    process of their own, for MAX_SECONDS at most.
     Raises: ValueError naming the expressions that take longer.
     """
-    simple = [pattern for pattern in patterns if not re.search(r"[*+?{]", pattern.removeprefix(OPTIONAL_PATH))]
-    found = {pattern: {name for name in names if re.fullmatch(pattern, name)} for pattern in simple}
-    other = [pattern for pattern in patterns if pattern not in found]
-    if other:
-        found |= {pattern: set(matched) for pattern, matched in zip(other, _match_apart(other, names), strict=True)}
-    return found
-
-
-def _match_apart(patterns: list[str], names: list[str]) -> list[list[str]]:
+    if not patterns:
+        return {}
     try:
         result = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _PROGRAM],
@@ -46,5 +37,4 @@ def _match_apart(patterns: list[str], names: list[str]) -> list[list[str]]:
         listed = ", ".join(f"{pattern!r:.100}" for pattern in patterns)
         message = f"matching takes more than {MAX_SECONDS} s: {listed}; name the modules in a list instead"
         raise ValueError(message) from None
-    found: list[list[str]] = json.loads(result.stdout)
-    return found
+    return {pattern: set(matched) for pattern, matched in zip(patterns, json.loads(result.stdout), strict=True)}

@@ -9,7 +9,6 @@ N out_features   K in_features   G groups   n some rows
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.prequantized.format import FLOATS, ExpectedTensor, PrequantizedFormat
@@ -34,8 +33,7 @@ def levels(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) 
     """Return the levels of some rows; the first one is a multiple of 8."""
     words = slice(rows.start // 8, rows.stop // 8)
     level_nK, zero_nG = (_rows(tensors[name][:, words]) for name in ("qweight", "qzeros"))
-    group_K = torch.arange(level_nK.shape[1], device=level_nK.device) // stored.group_size
-    return Levels(level_nK, zero_nG, tensors["scales"][:, rows].float().T, group_K)
+    return Levels.of(level_nK, zero_nG, tensors["scales"][:, rows].float().T, stored.group_size)
 
 
 def _rows(word: Tensor) -> Tensor:

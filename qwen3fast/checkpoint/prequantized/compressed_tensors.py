@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3fast.checkpoint.prequantized.floats import Floats
 from qwen3fast.checkpoint.prequantized.format import BLOCK, FLOATS, ExpectedTensor, PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels, unpack
 
@@ -64,13 +63,8 @@ def levels(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) 
         zero_nG = unpack(zeros[rows.start // in_word : -(-rows.stop // in_word)], stored.bits, dim=0)[:n]
     else:
         zero_nG = _unsigned(_of_rows(zeros, rows)).expand(n, G)
-    return Levels(level_nK, zero_nG, scale_nG, _groups(stored, tensors, level_nK.shape[1], G))
-
-
-def floats(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) -> Floats:
-    """Return the numbers of some rows of "float-quantized"."""
-    read = Floats.of_blocks if stored.has_blocks else Floats.of_rows
-    return read(tensors["weight"], tensors["weight_scale"], rows)
+    index_K = tensors.get("weight_g_idx") if stored.has_act_order else None
+    return Levels.of(level_nK, zero_nG, scale_nG, stored.group_size, index_K)
 
 
 def _of_rows(scale: Tensor, rows: slice) -> Tensor:
@@ -81,15 +75,3 @@ def _of_rows(scale: Tensor, rows: slice) -> Tensor:
 def _unsigned(number: Tensor) -> Tensor:
     """Return int8 numbers as levels: 128 more, uint8."""
     return (number.short() + 128).to(torch.uint8)
-
-
-def _groups(stored: PrequantizedFormat, tensors: dict[str, Tensor], K: int, G: int) -> Tensor:
-    if "weight_g_idx" in tensors and stored.has_act_order:
-        group_K = tensors["weight_g_idx"].long()
-        if group_K.min() < 0 or group_K.max() >= G:
-            raise ValueError(
-                f"weight_g_idx must be from 0 to {G - 1}, got {int(group_K.min())} to {int(group_K.max())}"
-            )
-        return group_K
-    device = tensors["weight_scale"].device
-    return torch.arange(K, device=device) // (stored.group_size if stored.strategy == "group" else K)

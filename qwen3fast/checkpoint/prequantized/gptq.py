@@ -9,7 +9,6 @@ N out_features   K in_features   G groups   n some rows
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.prequantized.format import FLOATS, ExpectedTensor, PrequantizedFormat
@@ -39,11 +38,5 @@ def levels(stored: PrequantizedFormat, tensors: dict[str, Tensor], rows: slice) 
     zeros = tensors["qzeros"][:, rows.start // in_word : rows.stop // in_word]
     if stored.zeros_less_one:  # added to whole words: a zero point of 0 was stored with a borrow from the next one
         zeros = zeros + ONES[stored.bits]
-    K, G = len(level_Kn), len(scale_Gn)
-    if "g_idx" in tensors:
-        group_K = tensors["g_idx"].long()
-        if group_K.min() < 0 or group_K.max() >= G:
-            raise ValueError(f"g_idx must be from 0 to {G - 1}, got {int(group_K.min())} to {int(group_K.max())}")
-    else:
-        group_K = torch.arange(K, device=level_Kn.device) // (K if stored.group_size == -1 else stored.group_size)
-    return Levels(level_Kn.T.contiguous(), unpack(zeros, stored.bits, dim=1).T, scale_Gn.T, group_K)
+    zero_nG = unpack(zeros, stored.bits, dim=1).T
+    return Levels.of(level_Kn.T.contiguous(), zero_nG, scale_Gn.T, stored.group_size, tensors.get("g_idx"))

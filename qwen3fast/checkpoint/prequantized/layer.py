@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qwen3fast.checkpoint.prequantized import awq, compressed_tensors, fp8, gptq
 from qwen3fast.checkpoint.prequantized.compressed_config import COMPRESSED
-from qwen3fast.checkpoint.prequantized.floats import Floats
 from qwen3fast.checkpoint.prequantized.format import ExpectedTensor, PrequantizedFormat
 from qwen3fast.checkpoint.prequantized.levels import Levels
 from qwen3fast.quantization.formats import LANES, Format, Packed, pack_by_rows, row_slices
@@ -72,9 +71,9 @@ class PrequantizedLayer:
     def _weight(self, rows: slice) -> Tensor:
         return (self._floats(rows) if self.stored.is_float else self._levels(rows)).weight()
 
-    def _floats(self, rows: slice) -> Floats:
-        floats: Floats = _READERS[self.stored.method].floats(self.stored, self.tensors, rows)
-        return floats
+    def _floats(self, rows: slice) -> fp8.Floats:
+        scale = self.tensors["weight_scale_inv" if self.stored.method == "fp8" else "weight_scale"]
+        return fp8.Floats.of(self.tensors["weight"], scale, rows, self.stored.has_blocks)
 
     def _levels(self, rows: slice) -> Levels:
         levels: Levels = _READERS[self.stored.method].levels(self.stored, self.tensors, rows)

@@ -27,6 +27,21 @@ class Levels(NamedTuple):
     scale_nG: Tensor
     group_K: Tensor
 
+    @classmethod
+    def of(
+        cls, level_nK: Tensor, zero_nG: Tensor, scale_nG: Tensor, group_size: int, index_K: Tensor | None = None
+    ) -> Levels:
+        """Return rows whose groups are `group_size` neighbors each (-1: all channels), or as index_K numbers them.
+
+        Raises: ValueError for numbers of unknown groups.
+        """
+        K, G = level_nK.shape[1], scale_nG.shape[1]
+        if index_K is None:
+            index_K = torch.arange(K, device=level_nK.device) // (K if group_size == -1 else group_size)
+        elif index_K.min() < 0 or index_K.max() >= G:
+            raise ValueError(f"g_idx must be from 0 to {G - 1}, got {int(index_K.min())} to {int(index_K.max())}")
+        return cls(level_nK, zero_nG, scale_nG, index_K.long())
+
     @property
     def has_sorted_groups(self) -> bool:
         """Return whether the channels of each group are neighbors, in the order of groups."""
