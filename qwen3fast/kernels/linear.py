@@ -38,6 +38,10 @@ class Linear(nn.Linear):
         self.stacked = None
         return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over: its weight is its own, in other memory than `stacked`."""
+        return {name: value for name, value in vars(self).items() if name != "stacked"}
+
     @classmethod
     def forward_together(cls, x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
         """Return each layer's product with the same x, (..., K): in compiled code from one, where they are stacked."""

@@ -127,20 +127,25 @@ class Output:
     def write(self, row: dict[str, Any]) -> None:
         """Append a line, and warn of fields that its request had in vain.
 
-        Raises: OSError naming the file; the next run cuts off what was written of the line.
+        Raises: OSError naming the file, which then has nothing of the line.
         """
         for name in set(row.get("ignored_fields", "").split(", ")) - self.ignored - {""}:
             self.ignored.add(name)
             tqdm.write(f"warning: the field {name} is ignored: it is unknown, or not supported", file=sys.stderr)
         self.begin()
-        with self._named():
-            self._file.write(_to_line(row))
-            self._file.flush()
+        left, file = memoryview(_to_line(row)), self._file.fileno()  # not buffered: others may write after an error
+        end = os.fstat(file).st_size
+        try:
+            with self._named():
+                while left:
+                    left = left[os.write(file, left) :]
+        except BaseException:
+            os.ftruncate(file, end)
+            raise
 
     def close(self) -> None:
-        """Close the file. Raises: as `write`."""
-        with self._named():
-            self._file.close()
+        """Close the file."""
+        self._file.close()
 
     @contextmanager
     def _named(self) -> Iterator[None]:

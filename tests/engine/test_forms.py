@@ -4,6 +4,7 @@
 For CUDA devices tensors have no memory ("meta") and the sizes of released models.
 """
 
+import copy
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import engine_of, randomized, small_config
+from torch import nn
 
 from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
@@ -310,15 +312,18 @@ def test_stacked_layers_are_one_product_in_compiled_code(attention_bias, graphs,
     assert [node.target for node in block.graph.nodes].count(F.linear) == (6 if attention_bias else 4)
 
 
-def test_a_model_that_is_moved_or_converted_keeps_no_stacked_weights():
+@pytest.mark.parametrize("change", [nn.Module.double, copy.deepcopy])
+def test_a_model_that_is_converted_or_copied_leaves_its_stacked_weights(change):
     model = randomized(small_config(num_hidden_layers=1))
     use_fast_layers(model)
     stack_layers(model)
-    attention = model.model.layers[0].self_attn
-    old = weakref.ref(attention.q_proj.stacked)
-    x_1TE, tables = torch.randn(1, 3, model.config.hidden_size).double(), torch.zeros(2, 1, 3, model.config.head_dim)
-    model.double()
+    old = weakref.ref(model.model.layers[0].self_attn.q_proj.stacked)
+    model = change(model)
     assert old() is None
+    attention, weight = model.model.layers[0].self_attn, model.model.norm.weight
+    with torch.no_grad():
+        attention.v_proj.weight.mul_(2)
+    x_1TE, tables = torch.randn(1, 3, len(weight), dtype=weight.dtype), torch.zeros(2, 1, 3, model.config.head_dim)
     compiled = torch.compile(attention, backend="eager")
     torch.testing.assert_close(compiled(x_1TE, *tables), attention(x_1TE, *tables))
 
