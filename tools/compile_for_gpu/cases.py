@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -68,6 +70,15 @@ class KernelCase(NamedTuple):
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
         source = triton.compiler.ASTSource(self.kernel, signature, self.constants, aligned)
         return triton.compile(source, target=target, options=dict(self.options) or None)
+
+
+@contextmanager
+def replaced_launch(function: Callable[..., None]) -> Iterator[None]:
+    """Call this function where the kernels of the fused step are launched."""
+    with ExitStack() as patches:
+        for module in (attention, linear, sample, tail):
+            patches.enter_context(patch.object(module, "launch", function))
+        yield
 
 
 def own_cases() -> list[KernelCase]:
