@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import random_tensor
 from cuda_static.kernel_checks import EPS, attention_case, make_weight, norm_weight
+from filelock import FileLock
 
 from compile_for_gpu.emulator import device  # isort: skip  needs Triton
 from compile_for_gpu.emulator.program import EmulatorError  # isort: skip
@@ -155,8 +156,14 @@ CASES = [*PRODUCTS, *ATTENTIONS, *EMBEDDINGS, Draws()]
 
 
 @pytest.fixture(scope="module")
-def code():
-    """The compiled kernels of all cases, by name."""
+def code(tmp_path_factory):
+    """The compiled kernels of all cases, by name. The second worker of pytest finds them in Triton's cache."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "emulator.lock"):
+        return compiled()
+
+
+def compiled():
+    """Compile the kernels of all cases."""
     found = {}
     for capability in (A100, H100):
         with device.noted_launches(capability) as kernels:

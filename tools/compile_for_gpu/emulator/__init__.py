@@ -7,8 +7,8 @@ a type; transfers.py, arithmetic.py, bits.py and warps.py hold the instructions 
 
 An `EmulatorError` is raised
 - for an instruction or a modifier that is not known;
-- for an access outside of the buffers, misaligned, or of bytes and registers that nothing wrote (halves of registers
-  that are moved, but not used, are NaN), and for a write to a constant;
+- for an access outside of the buffers, misaligned, or of bytes that nothing wrote, and for a write to a constant;
+- for an address, a branch, a tensor core's operand or a stored number that depends on a register that nothing wrote;
 - for an access to anything but constants before the kernel has waited for the previous one;
 - for shared memory that one warp writes and another accesses without a barrier between them. Asynchronous copies arrive
   when they are waited for, and not before.

@@ -24,7 +24,7 @@ def _flushed(numbers: Array, found: Instruction) -> Array:
     return np.where(np.abs(numbers) < SMALLEST_NORMAL, numbers * 0, numbers) if "ftz" in found.parts else numbers
 
 
-@instruction("add sub div", f"rn full ftz {INTEGERS} {REALS}")
+@instruction("add sub div", f"rn full approx ftz {INTEGERS} {REALS}")
 @instruction("min max", f"NaN ftz {INTEGERS} {REALS}")
 @instruction("mul", f"rn ftz lo hi wide {INTEGERS} {REALS}")
 def compute(block: Block, found: Instruction) -> None:

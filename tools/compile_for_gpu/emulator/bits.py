@@ -97,5 +97,7 @@ def permute_bytes(block: Block, found: Instruction) -> None:
 def select(block: Block, found: Instruction) -> None:
     """Choose between two numbers."""
     kind = f"b{BITS[found.type]}"
-    x, y = (block.read(operand, kind) for operand in found.operands[1:3])
-    block.write(found.operands[0], np.where(block.read(found.operands[3], "pred"), x, y), kind)
+    first, second, condition = found.operands[1:]
+    x, y, is_first = block.read(first, kind), block.read(second, kind), block.read(condition, "pred").astype(bool)
+    known = block.known(condition) & np.where(is_first, block.known(first), block.known(second))
+    block.write(found.operands[0], np.where(is_first, x, y), kind, known)

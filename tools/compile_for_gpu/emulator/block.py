@@ -66,14 +66,16 @@ class Block:
         self.num_threads = program.num_threads
         self.threads = np.arange(self.num_threads, dtype=np.uint64)
         self.warps = self.threads // np.uint64(WARP)
-        self.active = np.ones(self.num_threads, bool)
+        self._everywhere = np.ones(self.num_threads, bool)
+        self.active = self._everywhere
         self._program = program
         self._next = np.zeros(self.num_threads, np.int64)  # each thread's next instruction
         self._registers = {"%tid.x": self.threads, "global_smem": np.zeros(self.num_threads, np.uint64)}
         for axis, size, number in zip("xy", grid, place, strict=True):
             self._registers[f"%nctaid.{axis}"] = np.full(self.num_threads, size, np.uint64)
             self._registers[f"%ctaid.{axis}"] = np.full(self.num_threads, number, np.uint64)
-        self._partly: dict[str, Array] = {}  # of registers that not all threads have written: which have
+        self._known: dict[str, Array] = {}  # of registers whose number is not known in all threads: in which it is
+        self._operands_known = self._everywhere  # in which threads all that the instruction has read is known
 
     @property
     def is_whole(self) -> bool:
@@ -91,13 +93,12 @@ class Block:
                 self.active = arrived
                 try:
                     if found.guard:
-                        self.active = arrived & (self.read(self._guard(found), "pred").astype(bool) ^ found.is_negated)
+                        guard = self.read(found.guard, "pred", is_used=True).astype(bool)
+                        self.active = arrived & (guard ^ found.is_negated)
+                    self._operands_known = self._everywhere
                     self._execute(found)
                 except EmulatorError as err:
                     raise EmulatorError(f"{err}, at: {found.text}") from err
-
-    def _guard(self, found: Instruction) -> str:
-        return found.guard if found.guard in self._registers else f"%{found.guard}"
 
     def _execute(self, found: Instruction) -> None:
         known = INSTRUCTIONS.get(found.parts[0])
@@ -110,43 +111,54 @@ class Block:
         end = len(self._program.instructions)
         self._next[self.active] = end if label is None else self._program.labels[label]
 
-    def read(self, operand: str, kind: str, *, is_moved: bool = False) -> Array:
-        """Return the numbers of a register or an immediate, of all threads.
+    def known(self, operand: str) -> Array:
+        """Return in which threads the number of an operand is known: computed from numbers that were written."""
+        if operand in self._known:
+            return self._known[operand]
+        is_there = operand in self._registers or any(form.fullmatch(operand) for form, _ in IMMEDIATES)
+        return self._everywhere if is_there else ~self._everywhere
 
-        is_moved: a register that nothing wrote is all ones, which is NaN: compilers move halves that are not used.
+    def read(self, operand: str, kind: str, *, is_used: bool = False, is_moved: bool = False) -> Array:
+        """Return the numbers of a register or an immediate, of all threads. Unknown ones are all ones (NaN) at first.
+
+        is_used: unknown numbers are an error; otherwise what the instruction writes is unknown as well. Compilers
+        compute with them where the result is not needed. is_moved: they are NaN from now on, and count as known: such
+        are halves of registers that are not needed.
         """
         bits = self._registers.get(operand)
-        is_written = operand not in self._partly or self._partly[operand][self.active].all()
+        known = self.known(operand)
+        if is_used and not known[self.active].all():
+            raise EmulatorError(f"{operand} depends on a register that nothing wrote")
+        if not is_moved:
+            self._operands_known = self._operands_known & known
         if bits is None:
-            value = next((parse(operand) for known, parse in IMMEDIATES if known.fullmatch(operand)), None)
-            is_written, value = value is not None, -1 if value is None else value
+            value = next((parse(operand) for form, parse in IMMEDIATES if form.fullmatch(operand)), -1)
             bits = np.full(self.num_threads, value & (2**64 - 1), np.uint64)
-        if not is_written and not is_moved:
-            raise EmulatorError(f"{operand} is read before it is written")
         return decode(bits, kind)
 
-    def write(self, operand: str, numbers: Array, kind: str) -> None:
-        """Write numbers of all threads to a register; those of threads that are not active are ignored."""
+    def write(self, operand: str, numbers: Array, kind: str, known: Array | None = None) -> None:
+        """Write numbers of all threads to a register; those of threads that are not active are ignored.
+
+        known: in which threads they are; by default where all operands are.
+        """
         if operand == "_":
             return
-        bits = encode(numbers, kind)
-        if self.is_whole:
-            self._registers[operand] = bits
-            self._partly.pop(operand, None)
-            return
-        before = self._registers.get(operand)
-        if before is None:
-            before, self._partly[operand] = np.full(self.num_threads, 2**64 - 1, np.uint64), self.active.copy()
-        elif operand in self._partly:
-            self._partly[operand] |= self.active
-        self._registers[operand] = np.where(self.active, bits, before)
+        bits, known = encode(numbers, kind), self._operands_known if known is None else known
+        if not self.is_whole:
+            before = self._registers.get(operand, np.full(self.num_threads, 2**64 - 1, np.uint64))
+            bits, known = np.where(self.active, bits, before), np.where(self.active, known, self.known(operand))
+        self._registers[operand] = bits
+        if known.all():
+            self._known.pop(operand, None)
+        else:
+            self._known[operand] = known
 
     def addresses(self, operand: str) -> Array:
         """Return the addresses, of all threads, that an operand such as "[ %rd1 + 16 ]" stands for."""
         found = ADDRESS.fullmatch(operand)
         if found is None:
             raise EmulatorError(f"unknown address {operand}")
-        return self.read(found[1], "s64") + int(found[2] or "0", 0)
+        return self.read(found[1], "s64", is_used=True) + int(found[2] or "0", 0)
 
     def expand(self, numbers: Array) -> Array:
         """Return rows, which the active threads have, as rows of all threads."""

@@ -60,9 +60,8 @@ class Program(NamedTuple):
             elif found := STATEMENT.fullmatch(statement):
                 negated, guard, name, operands = found.groups()
                 split = tuple(_split(scopes.renamed(operands)))
-                own_guard = scopes.renamed(guard or "").removeprefix("%")
                 parts = tuple(name.split("."))
-                instructions.append(Instruction(own_guard, negated == "!", parts, split, statement))
+                instructions.append(Instruction(scopes.renamed(guard or ""), negated == "!", parts, split, statement))
             else:
                 raise EmulatorError(f"cannot read: {statement}")
         return cls(instructions, labels, int(threads[1]))
@@ -88,7 +87,7 @@ class _Scopes:
 
     def declare(self, statement: str) -> None:
         """Take note of names such as "a, b<3>"; registers of the compiler begin with % and have one scope."""
-        for name, count in re.findall(r"(?<![%.\w])(\w+)(?:<(\d+)>)?\s*[,;]?", statement.split(None, 2)[2]):
+        for name, count in re.findall(r"(?<![%.\w])([A-Za-z]\w*)(?:<(\d+)>)?", statement.split(None, 2)[2]):
             for own in [f"{name}{i}" for i in range(int(count))] if count else [name]:
                 self._names[-1][own] = f"{own}@{self._count}"
 

@@ -80,7 +80,7 @@ def store(block: Block, found: Instruction) -> None:
     if not block.active.any():
         return
     size = BITS[found.type] // 8
-    bits = [block.read(name, f"b{8 * size}")[block.active] for name in registers_of(found.operands[1])]
+    bits = [block.read(name, f"b{8 * size}", is_used=True)[block.active] for name in registers_of(found.operands[1])]
     data = np.concatenate([to_bytes(part, size) for part in bits], axis=1)
     first = block.addresses(found.operands[0])[block.active]
     if "global" in found.parts:
@@ -99,7 +99,9 @@ def copy(block: Block, found: Instruction) -> None:
         block.shared.wait_for_copies(int(operands[0]) if operands else 0)
     elif "prefetch" in modifiers:
         pairs = zip(
-            block.addresses(operands[0])[block.active], block.read(operands[1], "u32")[block.active], strict=True
+            block.addresses(operands[0])[block.active],
+            block.read(operands[1], "u32", is_used=True)[block.active],
+            strict=True,
         )
         for first, size in pairs:
             if first % 16 or size % 16:
@@ -114,7 +116,11 @@ def _copy_to_shared(block: Block, found: Instruction) -> None:
     to, source, size = found.operands[:3]
     width = int(size, 0)
     has_count = len(found.operands) - ("L2::cache_hint" in found.parts) > 3
-    counts = block.read(found.operands[3], "u32") if has_count else np.full(block.num_threads, width, np.uint64)
+    counts = (
+        block.read(found.operands[3], "u32", is_used=True)
+        if has_count
+        else np.full(block.num_threads, width, np.uint64)
+    )
     is_read = block.active & (counts > 0)
     if not set(counts[block.active]) <= {0, width}:
         raise EmulatorError("copy of a part of its bytes")

@@ -51,10 +51,13 @@ def shuffle(block: Block, found: Instruction) -> None:
         lane = lanes[mode]
         is_inside = lane <= last
     lane = np.where(is_inside, lane, LANES)
-    numbers = np.take_along_axis(_by_warp(block.read(source, "b32")), lane, axis=1)
+    numbers, known = (
+        np.take_along_axis(_by_warp(found), lane, axis=1).reshape(-1)
+        for found in (block.read(source, "b32"), block.known(source))
+    )
     if "|" in target:
         raise EmulatorError("unknown instruction")
-    block.write(target, numbers.reshape(-1), "b32")
+    block.write(target, numbers, "b32", known)
 
 
 @instruction("redux", "sync add min max s32 u32")
@@ -62,7 +65,8 @@ def reduce(block: Block, found: Instruction) -> None:
     """Compute the sum or an extreme of the numbers of the threads in a mask."""
     _need_all(block)
     target, source, members = found.operands
-    numbers, masks = _by_warp(block.read(source, found.type)), _by_warp(block.read(members, "b32"))
+    numbers = _by_warp(block.read(source, found.type, is_used=True))
+    masks = _by_warp(block.read(members, "b32", is_used=True))
     is_member = (masks[:, :, None] >> LANES.astype(np.uint64)) & np.uint64(1)  # [warps, of thread, thread]
     result = SUMS[found.parts[2]](
         np.broadcast_to(numbers[:, None, :], is_member.shape), axis=2, where=is_member.astype(bool), **_start(found)
@@ -107,7 +111,11 @@ def store_tiles(block: Block, found: Instruction) -> None:
     """Store tiles, as `load_tiles` loads them."""
     _need_all(block)
     for tile, name in enumerate(registers_of(found.operands[1])):
-        pairs = np.ascontiguousarray(to_bytes(block.read(name, "b32"), 4)).view(np.uint16).reshape(-1, WARP, 2)
+        pairs = (
+            np.ascontiguousarray(to_bytes(block.read(name, "b32", is_used=True), 4))
+            .view(np.uint16)
+            .reshape(-1, WARP, 2)
+        )
         numbers = np.zeros((len(pairs), TILE_ROWS, TILE_ROWS), np.uint16)
         numbers[:, GROUP, PAIR], numbers[:, GROUP, PAIR + 1] = pairs[:, :, 0], pairs[:, :, 1]
         rows = np.ascontiguousarray(_transposed(numbers, found)).view(np.uint8).reshape(-1, 2 * TILE_ROWS)
@@ -126,13 +134,13 @@ def multiply_tiles(block: Block, found: Instruction) -> None:
     warps = block.num_threads // WARP
     a, b, c = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8)), np.zeros((warps, 16, 8))
     for i, name in enumerate(sources[0]):
-        for half, numbers in enumerate(decode(block.read(name, "b32"), f"{kind}x2")):
+        for half, numbers in enumerate(decode(block.read(name, "b32", is_used=True), f"{kind}x2")):
             a[:, GROUP + i % 2 * 8, PAIR + i // 2 * 8 + half] = _by_warp(numbers)
     for i, name in enumerate(sources[1]):
-        for half, numbers in enumerate(decode(block.read(name, "b32"), f"{kind}x2")):
+        for half, numbers in enumerate(decode(block.read(name, "b32", is_used=True), f"{kind}x2")):
             b[:, PAIR + i * 8 + half, GROUP] = _by_warp(numbers)
     for i, name in enumerate(sources[2]):
-        c[:, GROUP + i // 2 * 8, PAIR + i % 2] = _by_warp(block.read(name, "f32"))
+        c[:, GROUP + i // 2 * 8, PAIR + i % 2] = _by_warp(block.read(name, "f32", is_used=True))
     product = a @ b + c
     for i, name in enumerate(target):
         block.write(name, product[:, GROUP + i // 2 * 8, PAIR + i % 2].reshape(-1), "f32")
