@@ -21,7 +21,6 @@ from qwen3fast.engine.compile import Function
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
-from qwen3fast.sampling.processors import count_token
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows
 
 # Changes the logits of a step, (B, V) float32; row b is row b of the cache.
@@ -133,13 +132,15 @@ def _record(
 ) -> None:
     """Count the chosen tokens for processors, and write their log-probabilities under the unprocessed logits.
 
-    Each is done only if a row needs it.
+    Each is done only if a row needs it. A step's rows begin at the first; others, whose memory is not aligned as that
+    of an allocator, are recorded by uncompiled functions.
     """
     if processors is not None:
-        count_token(processors.tensors.count_BV[rows], token_B, state.advance_R[rows])
+        count = parts.count.function if rows.start else parts.count
+        count(None, processors.tensors.count_BV[rows], token_B, state.advance_R[rows])
     if logprobs is not None:
-        chosen_B, id_BN, value_BN = parts.log_probabilities(logits_BV, token_B, logprobs.id_RN.shape[1])
-        logprobs.chosen_R[rows], logprobs.id_RN[rows], logprobs.value_RN[rows] = chosen_B, id_BN, value_BN
+        write = parts.logprobs.function if rows.start else parts.logprobs
+        write(None, logits_BV, token_B, logprobs.chosen_R[rows], logprobs.id_RN[rows], logprobs.value_RN[rows])
 
 
 def choose_tokens(

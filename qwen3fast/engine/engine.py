@@ -335,9 +335,18 @@ class Engine(Rows):
                 for used in reversed(lengths):
                     for sampler in SamplerKind:
                         self.decode(num_rows, used, StepKind(sampler, has_adapters=adapter > 0))
-            neutral = ProcessorRows.neutral(num_rows, self.model.config.vocab_size, self.device)
-            self.parts.processors(None, torch.zeros_like(neutral.bias_BV), *neutral)
+            self._warm_up_extras(num_rows)
         self.clear_all()
+
+    def _warm_up_extras(self, num_rows: int) -> None:
+        """Compile what steps with logits processors and log-probabilities run besides."""
+        vocab_size = self.model.config.vocab_size
+        neutral = ProcessorRows.neutral(num_rows, vocab_size, self.device)
+        logprobs = LogprobState.allocate(num_rows, vocab_size, self.device)
+        logits_BV, zeros_B = torch.zeros_like(neutral.bias_BV), torch.zeros_like(self.state.input_R[:num_rows])
+        self.parts.processors(None, logits_BV, *neutral)
+        self.parts.count(None, neutral.count_BV, zeros_B, zeros_B)
+        self.parts.logprobs(None, logits_BV, zeros_B, *vars(logprobs).values())
 
     def _compile_kernels(self) -> None:
         """Compile the kernels of fused steps, several at a time: the steps of `warmup` would do so one by one."""

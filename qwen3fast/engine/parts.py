@@ -33,7 +33,7 @@ from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.model.memory import free_bytes
 from qwen3fast.model.stacking import stack_layers
 from qwen3fast.quantization.layers import fit_scales, load_operations
-from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
+from qwen3fast.sampling.processors import ProcessorRows, count_token, log_probabilities, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 # Tokens of a prompt that are computed together. On CUDA devices each size is captured; on CPUs one compiled form serves
@@ -139,6 +139,20 @@ def run_advance(
     step_B.add_(advance_B)
 
 
+def run_count(_: None, count_BV: Tensor, token_B: Tensor, advance_B: Tensor) -> None:
+    """Count the chosen tokens for processors: see `count_token`."""
+    count_token(count_BV, token_B, advance_B)
+
+
+def run_logprobs(
+    find: Function, _: None, logits_BV: Tensor, token_B: Tensor, chosen_B: Tensor, id_BN: Tensor, value_BN: Tensor
+) -> None:
+    """Write log-probabilities to the fields of `LogprobState`. find: `log_probabilities`, or the same in C++."""
+    found = find(logits_BV, token_B, id_BN.shape[1])
+    for buffer, numbers in zip((chosen_B, id_BN, value_BN), found, strict=True):
+        buffer.copy_(numbers)
+
+
 def run_logits(head: nn.Sequential, x_BTE: Tensor) -> Tensor:
     """Return final norm and output projection, (B, 1, E) -> (B, 1, V) float32."""
     logits_BTV: Tensor = head(x_BTE)
@@ -160,11 +174,10 @@ class Parts:
     """The functions above, compiled or not, and one sampler per kind.
 
     Each is called with the module that it runs, or None if it runs none, and tensors (see `StepPart`).
-    embed and advance are compiled only for CUDA devices, where each of their operations would be a launch; logits not
-    for CPUs in bfloat16, where C++ does their work. The full sampler is not for CUDA: with Triton 3.6, kernels of
-    Inductor for its histograms do not wait for the ones that they depend on (triton.enable_pdl; found by
-    tools/compile_for_gpu.py). Counting tokens for processors, which adds to memory as histograms do, and
-    log-probabilities run uncompiled on CUDA, in the step's graph.
+    embed, advance, count and logprobs are compiled only for CUDA devices, where each of their operations would be a
+    launch; logits not for CPUs in bfloat16, where C++ does their work. The full sampler is not for CUDA: with
+    Triton 3.6, kernels of Inductor for its histograms do not wait for the ones that they depend on (triton.enable_pdl;
+    found by tools/compile_for_gpu.py).
 
     Attributes:
         decode_layers: a decode step, or all of its blocks, in one C++ operation, where available.
@@ -173,7 +186,7 @@ class Parts:
         fused_sampler: a `FusedSampler`, which replaces `samplers` and `advance` there.
         forms: which forms of attention, products and blocks are used.
         head: the module that `logits` runs.
-        log_probabilities: the function of sampling/processors.py, or the same in C++.
+        log_probabilities: the function of sampling/processors.py, or the same in C++. logprobs: its use in a step.
         needs_mask: False if attention in decode steps finds the used length on its own, without a mask or a bucket.
     """
 
@@ -190,6 +203,8 @@ class Parts:
     processors: Function
     samplers: dict[SamplerKind, Function]
     log_probabilities: Function
+    count: StepPart
+    logprobs: StepPart
     advance: StepPart
     needs_mask: bool
 
@@ -231,6 +246,7 @@ class Parts:
                 checked_variable(huge_pages.VARIABLE)
                 _move_later(model, cache)
         fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
+        find_logprobs = token_logprobs if is_cpu and compiler.uses_operations else log_probabilities
         return cls(
             forms=forms,
             decode_layers=decode_layers,
@@ -249,7 +265,9 @@ class Parts:
             head=nn.Sequential(model.model.norm, model.lm_head),
             processors=_processors(compiler, is_cpu, (any_rows, *all_rows)),
             samplers=_samplers(compiler, is_cpu, is_cuda, (any_rows, *all_rows[: len(SamplerRows._fields)])),
-            log_probabilities=token_logprobs if is_cpu and compiler.uses_operations else log_probabilities,
+            log_probabilities=find_logprobs,
+            count=compiler.part(run_count, dynamic=(any_rows,) * 3, is_compiled=is_cuda),
+            logprobs=compiler.part(partial(run_logprobs, find_logprobs), dynamic=(any_rows,) * 5, is_compiled=is_cuda),
             advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=is_cuda),
             needs_mask=not finds_used_length(device, config.head_dim),
         )

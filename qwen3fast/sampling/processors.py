@@ -87,7 +87,9 @@ def count_token(count_BV: Tensor, token_B: Tensor, advance_B: Tensor) -> None:
     count_BV: int32, possibly a slice of a larger buffer. token_B: int64; -1 is not counted.
     """
     increment_B = torch.where(token_B >= 0, advance_B, 0).to(count_BV.dtype)
-    count_BV.scatter_add_(1, token_B.clamp(min=0)[:, None], increment_B[:, None])
+    # A row has one place: scatter_add_ would add to it atomically, and for scatter_ Inductor copies all counts.
+    row_B = torch.arange(count_BV.shape[0], device=count_BV.device)
+    count_BV[row_B, token_B.clamp(min=0)] += increment_B
 
 
 def log_probabilities(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

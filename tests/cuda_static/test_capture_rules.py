@@ -5,13 +5,16 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import engine_of, randomized, small_config
+from conftest import engine_of, random_tensor, randomized, small_config
 from cuda_static.capture_rules import capture_faults
+from torch.profiler import ProfilerActivity, profile
 
-from qwen3fast.engine import RowSampling
+from qwen3fast.engine import RowSampling, decode
+from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode import decode_step
+from qwen3fast.engine.parts import Parts
 from qwen3fast.engine.state import LogprobState, ProcessorState
-from qwen3fast.kernels import cpu
+from qwen3fast.kernels import cpu, cuda
 from qwen3fast.model import MoE
 from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
@@ -119,6 +122,28 @@ def test_steps_with_processors_and_log_probabilities_can_be_captured(kind, rows,
         lambda: run_step(engine, rows, 128, kind, *extras), lambda: buffers_of(engine, *extras), results
     )
     assert faults == []
+
+
+@torch.no_grad()
+def test_what_requests_ask_for_is_recorded_by_compiled_code(monkeypatch):
+    """As on a CUDA device: the same counts and log-probabilities; of operations, only top-k remains one of its own."""
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(cuda, "use_fused_step", lambda: False)
+    engine = make_engine()
+    parts = Parts.build(StepCompiler(True, CPU), engine.model, engine.cache)
+    logits_BV, token_B = random_tensor(4, 97), torch.tensor([8, 0, -1, 96])
+    engine.state.advance_R.copy_(torch.tensor([1, 1, 1, 0]))
+    found = []
+    for form in (engine.forward_args().parts, parts):
+        processors, logprobs = make_processors(engine), make_logprobs(engine)
+        for _ in range(2):  # compiles, then only runs
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                decode._record(form, logits_BV, token_B, engine.state, slice(4), processors, logprobs)
+        found.append([processors.tensors.count_BV, *vars(logprobs).values()])
+    torch.testing.assert_close(found[1], found[0])
+    assert found[1][0].sum(1).tolist() == [2, 2, 0, 0]
+    names = {event.name for event in profiler.events() if event.name.startswith("aten::")}
+    assert names - {"aten::slice", "aten::as_strided", "aten::empty", "aten::empty_strided"} == {"aten::topk"}
 
 
 def test_replayed_steps_count_tokens_on_the_device():

@@ -67,6 +67,8 @@ CHOSEN = [
             "attention, 8b, fp32 cache, 33",
             "attend_split",
             "packed_matvec, int4",
+            *(f"gate_up, 8b, {kind}, 8 rows, float32" for kind in ("bf16", "int8", "int4")),
+            "vocabulary, 8b, bf16, 8 rows, float32",
         ],
     ),
     (90, ["largest", "best", "search, pass 1", "draw", "chunk attention, 8b"]),

@@ -235,11 +235,16 @@ def test_a_step_launches_few_kernels_all_of_which_wait(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     record = Record.from_dict(json.loads(file.read_text()))
     steps = {case.labels["step"]: case for case in record.cases}
-    assert list(steps) == ["decode", "sampled", "prefill", "uncached"]
+    assert list(steps) == ["decode", "sampled", "processed", "prefill", "uncached"]
     counts = {name: sum(case.metrics[kind].median for kind in KINDS) for name, case in steps.items()}
     assert counts["decode"] <= 2 * 6 + 3 and counts["sampled"] <= 2 * 6 + 2 + 19
     notes = record.notes["steps"]
     assert all(notes[steps[name].name]["parts"] == {} for name in ("decode", "sampled"))  # none by Inductor
+    processed = notes[steps["processed"].name]
+    assert processed["eager_calls"] == {}
+    assert set(processed["parts"]) == {"run_processors", "run_count", "run_logprobs"}
+    assert processed["library_calls"] == {"torch.ops.aten.topk.default": 1}
+    assert processed["parts"]["run_count"]["launches"] <= 2  # without copies of all counts
     assert notes[steps["prefill"].name]["parts"]["run_prefill_block"]["runs"] == 2
     kernels = main.kernels_of(record)
     assert len(kernels) > 30 and not any(binaries.is_unsafe(kernel) for kernel in kernels)

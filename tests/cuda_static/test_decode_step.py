@@ -5,35 +5,25 @@ import torch
 import triton
 import triton.language as tl
 from conftest import random_tensor
-from cuda_static.kernel_checks import TOLERANCES, any_order, assert_near  # noqa: F401  a fixture
+from cuda_static.kernel_checks import (
+    EPS,
+    TOLERANCES,
+    any_order,  # noqa: F401  a fixture
+    assert_near,
+    attention_case,
+    make_weight,
+    norm_weight,
+)
 from cuda_static.program_order import watch_programs
 from kernel_device import DEVICE
 
 from qwen3fast.kernels.cuda.decode_step import attention, linear, tail, weights
 from qwen3fast.kernels.cuda.decode_step.weights import Weight, tile_shape
 from qwen3fast.quantization.formats import FORMATS, quantize
-from qwen3fast.quantization.uint4 import Layout
 
 pytestmark = pytest.mark.triton
 
-EPS = 1e-6
 KINDS = ("plain", *FORMATS, "uint4 with zero points")
-ZEROS = FORMATS["uint4"].with_layout(lambda _: Layout(32, has_zero=True))
-SHORT = FORMATS["uint4"].with_layout(lambda _: Layout(256, is_short=True))  # Q4_K's
-
-
-def make_weight(kind, N, K, dtype, seed=1):
-    """A weight for the kernels on the device, and what it stands for."""
-    weight = random_tensor(N, K, seed=seed) * K**-0.5
-    if kind == "plain":
-        return Weight.of(weight.to(DEVICE, dtype), None, False), weight.to(dtype)
-    format = SHORT if kind == "uint4 of Q4_K" else FORMATS.get(kind, ZEROS)
-    packed = quantize(weight, format)
-    return Weight.of(*(t.to(DEVICE) for t in packed), kind == "fp8"), format.dequantize(packed)
-
-
-def norm_weight(size, dtype, seed=2):
-    return (1 + 0.3 * random_tensor(size, seed=seed)).to(dtype)
 
 
 def nan(*shape, dtype=torch.float32):
@@ -191,25 +181,6 @@ def test_every_float8_number_is_read_exactly():
 
 
 # ------------------------------------------------------------------------------------------------------- attention
-
-
-def attention_case(dtype, heads, kv_heads, head_dim, positions, allocated, is_quantized):
-    """Arguments of `attend` up to the cache. What is not in use is NaN, or in an int8 cache has a scale of NaN."""
-    B, shape = len(positions), (len(positions), kv_heads, allocated, head_dim)
-    qkv = random_tensor(B, (heads + 2 * kv_heads) * head_dim).to(dtype)
-    norms = [norm_weight(head_dim, dtype, seed) for seed in (1, 2)]
-    angle = random_tensor(allocated, head_dim // 2, seed=3).repeat(1, 2)
-    cache = [random_tensor(*shape, seed=seed) for seed in (4, 5)]
-    scales = [None, None]
-    if is_quantized:
-        cache = [(30 * t).clamp(-127, 127).to(torch.int8) for t in cache]
-        scales = [random_tensor(*shape[:3], seed=seed).abs() / 30 for seed in (6, 7)]
-    else:
-        cache = [t.to(dtype) for t in cache]
-    for b, place in enumerate(positions):
-        for t in scales if is_quantized else cache:
-            t[b, :, max(place, 0) :] = torch.nan
-    return [qkv, *norms, EPS, angle.cos(), angle.sin(), torch.tensor(positions), *cache, *scales]
 
 
 def run_attend(arguments, heads):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -70,6 +72,15 @@ class KernelCase(NamedTuple):
         return triton.compile(source, target=target, options=dict(self.options) or None)
 
 
+@contextmanager
+def replaced_launch(function: Callable[..., None]) -> Iterator[None]:
+    """Call this function where the kernels of the fused step are launched."""
+    with ExitStack() as patches:
+        for module in (attention, linear, sample, tail):
+            patches.enter_context(patch.object(module, "launch", function))
+        yield
+
+
 def own_cases() -> list[KernelCase]:
     """Return the kernels of steps that are not fused, for bfloat16 in the shapes of the 0.6B and 8B models."""
     bf16, fp32, index = "*bf16", "*fp32", "i32"
@@ -102,7 +113,7 @@ def own_cases() -> list[KernelCase]:
 
 
 def _scale_type(kind: int) -> str:
-    return "*u8" if kind > INT4 else "*bf16" if kind in (PLAIN, INT4) else "*fp32"
+    return "*u8" if kind > INT4 else "*bf16" if kind == INT4 else "*fp32"
 
 
 def compile_cases(
@@ -122,33 +133,8 @@ def overlapping(case: KernelCase, dependent: bool) -> KernelCase:
 
 
 def _cases(size: str, R: int) -> Iterator[KernelCase]:
-    E, F, H, K = SIZES[size]
-    for name, kind in FORMATS.items():
-        label = f"{size}, {name}, {R} rows"
-        weights = {"w": "*i32" if kind else "*bf16", "scale": _scale_type(kind)}
-        for part, N, width, has_norm, use in (
-            ("qkv", (H + 2 * K) * HEAD_DIM, E, True, linear.STORE),
-            ("output", E, H * HEAD_DIM, False, linear.ADD),
-            ("gate_up", F, E, True, linear.GATE),
-            ("down", E, F, False, linear.ADD),
-        ):
-            tile = tile_shape(N, width, kind, torch.bfloat16, 2 if use == linear.GATE else 1)
-            constants = _constants(R, N, width, kind, tile)
-            constants |= {"HAS_NORM": has_norm, "USE": use}
-            signature = {"x": "*bf16", "norm": "*bf16", **weights, "y": "*bf16", "eps": "fp32"}
-            yield KernelCase(f"{part}, {label}", linear.linear_kernel, signature, constants)
-        signature = {"x": "*bf16", "norm": "*bf16", **weights, "eps": "fp32", "logits": "*fp32"}
-        signature |= {"best_logit": "*fp32", "best_token": "*i32"}
-        tile = tail.tile_shape(E, kind, torch.bfloat16)
-        constants = _constants(R, VOCABULARY, E, kind, tile)
-        for has_logits in (False, True):
-            part = "vocabulary and logits" if has_logits else "vocabulary"
-            own = {"HAS_LOGITS": has_logits}
-            yield KernelCase(f"{part}, {label}", tail.vocabulary_kernel, signature, constants | own)
-        P = channels_of(kind)
-        signature = {"token": "*i64", **weights, "x": "*bf16"}
-        constants = {"E": E, "J": E // P, "KIND": kind, "P": P, "BLOCK": tail.EMBEDDING_BLOCK}
-        yield KernelCase(f"embed, {size}, {name}", tail.embed_kernel, signature, constants)
+    _, _, H, K = SIZES[size]
+    yield from _product_cases(size, R)
     yield from _attention_cases(size, R, H, K)
     C = VOCABULARY // tail.ROWS_OF_PROGRAM
     signature = {"best_logit": "*fp32", "best_token": "*i32"}
@@ -158,10 +144,42 @@ def _cases(size: str, R: int) -> Iterator[KernelCase]:
     yield from _chunk_cases(size, H, K)
 
 
+def _product_cases(size: str, R: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[KernelCase]:
+    E, F, H, K = SIZES[size]
+    own_type, stages = POINTERS[dtype], _stages(dtype)
+    for name, kind in FORMATS.items():
+        label = f"{size}, {name}, {R} rows"
+        weights = {"w": "*i32" if kind else own_type, "scale": _scale_type(kind) if kind else own_type}
+        for part, N, width, has_norm, use in (
+            ("qkv", (H + 2 * K) * HEAD_DIM, E, True, linear.STORE),
+            ("output", E, H * HEAD_DIM, False, linear.ADD),
+            ("gate_up", F, E, True, linear.GATE),
+            ("down", E, F, False, linear.ADD),
+        ):
+            tile = tile_shape(N, width, kind, dtype, 2 if use == linear.GATE else 1)
+            constants = _constants(R, N, width, kind, tile)
+            constants |= {"HAS_NORM": has_norm, "USE": use}
+            signature = {"x": own_type, "norm": own_type, **weights, "y": own_type, "eps": "fp32"}
+            yield KernelCase(f"{part}, {label}", linear.linear_kernel, signature, constants, stages)
+        signature = {"x": own_type, "norm": own_type, **weights, "eps": "fp32", "logits": "*fp32"}
+        signature |= {"best_logit": "*fp32", "best_token": "*i32"}
+        tile = tail.tile_shape(E, kind, dtype)
+        constants = _constants(R, VOCABULARY, E, kind, tile)
+        for has_logits in (False, True):
+            part = "vocabulary and logits" if has_logits else "vocabulary"
+            own = {"HAS_LOGITS": has_logits}
+            yield KernelCase(f"{part}, {label}", tail.vocabulary_kernel, signature, constants | own, stages)
+        P = channels_of(kind)
+        signature = {"token": "*i64", **weights, "x": own_type}
+        constants = {"E": E, "J": E // P, "KIND": kind, "P": P, "BLOCK": tail.EMBEDDING_BLOCK}
+        yield KernelCase(f"embed, {size}, {name}", tail.embed_kernel, signature, constants)
+
+
 def float32_cases(capability: tuple[int, int]) -> list[KernelCase]:
-    """Return the kernels of models in float32 that need the most shared memory."""
+    """Return the kernels of models in float32 that need the most shared memory, and the products of the fused step."""
     _, _, H, K = SIZES["8b"]
     cases = [*_attention_cases("8b", 1, H, K, torch.float32), *_chunk_cases("8b", H, K, torch.float32)]
+    cases += [case for R in (1, 8) for case in _product_cases("8b", R, torch.float32)]
     kinds = ["*fp32"] * 5 + ["*i64", "*fp32", "*fp32", "*fp32", "*fp32", "i32", "fp32"]
     numbers, options = [K, H // K, HEAD_DIM, 16, split_attention.BLOCK, False, False], _stages(torch.float32)
     split = KernelCase.in_order("attend_split", split_attention._attend_split, kinds, numbers)

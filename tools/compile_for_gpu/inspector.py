@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -24,9 +24,9 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_for_gpu.binaries import describe_kernel
-from compile_for_gpu.cases import KernelCase, overlapping
+from compile_for_gpu.cases import KernelCase, overlapping, replaced_launch
 from qwen3fast.engine.compile import StepCompiler
-from qwen3fast.kernels.cuda.decode_step import attention, linear, ops, sample, tail
+from qwen3fast.kernels.cuda.decode_step import ops
 from qwen3fast.kernels.cuda.decode_step.launch import MIN_CAPABILITY
 
 # Kernels that our operations launch, at most; Inductor's source shows each as one call.
@@ -48,9 +48,7 @@ def launched_kernels(name: str, arguments: Any) -> list[KernelCase]:
         case = KernelCase.of_launch(kernel, given, constants)
         found.append(overlapping(case, torch.cuda.get_device_capability(device) >= MIN_CAPABILITY))
 
-    with ExitStack() as patches:
-        for module in (attention, linear, sample, tail):
-            patches.enter_context(patch.object(module, "launch", note))
+    with replaced_launch(note):
         ops.FUNCTIONS[name.removeprefix("qwen3fast::")](*arguments)
     return found
 

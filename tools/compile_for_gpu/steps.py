@@ -18,7 +18,7 @@ from compile_for_gpu.kernels import described
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.prefill import Prefill, prefill_step, prefill_together
-from qwen3fast.engine.state import DecodeState
+from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
 from qwen3fast.kernels import cuda
 from qwen3fast.model import Qwen3, build_on_meta, rope_tables
 from qwen3fast.model.config import ModelConfig
@@ -55,9 +55,10 @@ def model_without_memory(config: ModelConfig, device: torch.device, quantization
 
 @torch.no_grad()
 def inspect(size: str, batch_size: int, context: int, quantization: str | None) -> list[dict[str, Any]]:
-    """Return what a greedy and a sampled decode step launch, and a chunk of a prompt, or of several; or an `error`.
+    """Return what decode steps and chunks of a prompt, or of several, launch; or an `error`.
 
-    For one row also a sequence without a cache.
+    Steps are greedy, sampled, or greedy with processors and log-probabilities ("processed"). For one row also a
+    sequence without a cache.
     To be called inside of `pretended`. context: positions of the KV cache.
     """
     config, device = config_of(size), torch.device("cuda", 0)
@@ -71,8 +72,13 @@ def inspect(size: str, batch_size: int, context: int, quantization: str | None) 
         cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn)
         forward = Forward(model, parts, cache, cos_SD, sin_SD)
 
-        def decode(sampler: SamplerKind = SamplerKind.GREEDY) -> None:
-            decode_step(forward, state, batch_size, cache.bucket(context), sampler)
+        extras = (
+            ProcessorState(batch_size, config.vocab_size, device),
+            LogprobState.allocate(batch_size, config.vocab_size, device),
+        )
+
+        def decode(sampler: SamplerKind = SamplerKind.GREEDY, *extras: Any) -> None:
+            decode_step(forward, state, batch_size, cache.bucket(context), sampler, *extras)
 
         def prefill() -> None:
             prompt = Prefill.begin(0, [0] * min(CHUNK, context), 0, cache.allocated_len)
@@ -90,6 +96,7 @@ def inspect(size: str, batch_size: int, context: int, quantization: str | None) 
                 x_1TE = parts.block_uncached(block, x_1TE, *rotation)
 
         steps = [("decode", decode), ("sampled", lambda: decode(SamplerKind.FULL))]
+        steps.append(("processed", lambda: decode(SamplerKind.GREEDY, *extras)))
         steps += [("prefill", prefill), ("uncached", uncached)] if batch_size == 1 else [("prompts", prompts)]
         labels = {"model": size, "weights": quantization or "bf16", "batch_size": batch_size, "context": context}
         return [{"step": name, **labels, **_found(inspector, run)} for name, run in steps]

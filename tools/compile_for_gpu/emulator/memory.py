@@ -1,0 +1,135 @@
+"""Global memory, and a block's shared memory, both of which check each access."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compile_for_gpu.emulator.numbers import Array
+from compile_for_gpu.emulator.program import EmulatorError
+
+OUTSIDE, EMPTY, WRITTEN, CONSTANT = range(4)  # a byte's state
+GAP = 4096  # bytes between buffers, which are aligned to as many
+POISON = 0xFF  # of bytes that nothing wrote
+
+
+class GlobalMemory:
+    """The buffers of kernels.
+
+    may_access_all: False until a kernel has waited for the previous one: it may only read constants.
+    """
+
+    def __init__(self) -> None:
+        self._bytes, self._state = np.zeros(GAP, np.uint8), np.full(GAP, OUTSIDE, np.uint8)
+        self.may_access_all = True
+
+    def place(self, array: Array, is_constant: bool = False) -> int:
+        """Return the address of a copy. is_constant: kernels must not write it, and may read it at any time."""
+        address = self.reserve(array.nbytes)
+        self._bytes[address : address + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+        self._state[address : address + array.nbytes] = CONSTANT if is_constant else WRITTEN
+        return address
+
+    def reserve(self, size: int) -> int:
+        """Return the address of memory that must be written before it is read."""
+        address = len(self._bytes)
+        padded = -(-size // GAP) * GAP + GAP
+        self._bytes = np.concatenate([self._bytes, np.full(padded, POISON, np.uint8)])
+        self._state = np.concatenate([self._state, np.full(padded, OUTSIDE, np.uint8)])
+        self._state[address : address + size] = EMPTY
+        return address
+
+    def read(self, address: int, size: int) -> Array:
+        """Return a buffer's bytes; `POISON` where nothing was written."""
+        return self._bytes[address : address + size].copy()
+
+    def check(self, first: Array, size: int, *, is_write: bool = False) -> Array:
+        """Return the places of `size` bytes from each address, which a kernel may access."""
+        places = _places(first, size, len(self._bytes))
+        states = self._state[places]
+        if (states == OUTSIDE).any():
+            raise EmulatorError("access outside of the buffers")
+        if is_write and (states == CONSTANT).any():
+            raise EmulatorError("write to a constant")
+        if not is_write and (states == EMPTY).any():
+            raise EmulatorError("read of memory that nothing wrote")
+        if not self.may_access_all and (is_write or (states != CONSTANT).any()):
+            raise EmulatorError("access before waiting for the previous kernel")
+        return places
+
+    def load(self, first: Array, size: int) -> Array:
+        """Return the bytes at each address, [addresses, size]."""
+        return self._bytes[self.check(first, size)]
+
+    def store(self, first: Array, data: Array) -> None:
+        """Write bytes [addresses, size]."""
+        places = self.check(first, data.shape[1], is_write=True)
+        self._bytes[places], self._state[places] = data, WRITTEN
+
+
+class SharedMemory:
+    """A block's shared memory. Between two barriers, one warp must not access what another writes.
+
+    Of each byte it holds the warps that have read and written it since the last barrier, a bit each. An asynchronous
+    copy is written when it is waited for.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._bytes, self._is_written = np.full(size, POISON, np.uint8), np.zeros(size, bool)
+        self._readers, self._writers = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
+        self._issued: list[tuple[Array, Array, Array]] = []
+        self._groups: list[list[tuple[Array, Array, Array]]] = []
+
+    def load(self, first: Array, size: int, warps: Array) -> Array:
+        """Return the bytes at each address, [addresses, size]; warps: which of them read each."""
+        places, own = _places(first, size, len(self._bytes)), np.uint32(1) << warps.astype(np.uint32)[:, None]
+        if not self._is_written[places].all():
+            raise EmulatorError("read of shared memory that nothing wrote")
+        if (self._writers[places] & ~own).any():
+            raise EmulatorError("read of shared memory that another warp writes, without a barrier")
+        np.bitwise_or.at(self._readers, places, own)
+        return self._bytes[places]
+
+    def store(self, first: Array, data: Array, warps: Array) -> None:
+        """Write bytes [addresses, size]."""
+        places = self._check_write(first, data.shape[1], warps)
+        self._write(places, data, warps)
+
+    def copy(self, first: Array, data: Array, warps: Array) -> None:
+        """Begin to write bytes [addresses, size]."""
+        self._issued.append((self._check_write(first, data.shape[1], warps), data, warps))
+
+    def commit_copies(self) -> None:
+        """Make a group of the copies since the last group."""
+        self._groups.append(self._issued)
+        self._issued = []
+
+    def wait_for_copies(self, groups: int) -> None:
+        """End the copies of all groups except for the last ones."""
+        while len(self._groups) > groups:
+            for places, data, warps in self._groups.pop(0):
+                self._write(places, data, warps)
+
+    def barrier(self) -> None:
+        """Make all writes visible to all warps."""
+        self._readers.fill(0)
+        self._writers.fill(0)
+
+    def _check_write(self, first: Array, size: int, warps: Array) -> Array:
+        places, own = _places(first, size, len(self._bytes)), np.uint32(1) << warps.astype(np.uint32)[:, None]
+        if (self._readers[places] & ~own).any():
+            raise EmulatorError("write to shared memory that another warp reads, without a barrier")
+        return places
+
+    def _write(self, places: Array, data: Array, warps: Array) -> None:
+        self._bytes[places], self._is_written[places] = data, True
+        np.bitwise_or.at(self._writers, places, np.uint32(1) << warps.astype(np.uint32)[:, None])
+
+
+def _places(first: Array, size: int, limit: int) -> Array:
+    """Return the places of bytes, [addresses, size]."""
+    first = first.astype(np.int64)
+    if (first < 0).any() or (first + size > limit).any():
+        raise EmulatorError("access outside of the buffers")
+    if (first % size).any():
+        raise EmulatorError(f"access of {size} bytes that is not aligned to them")
+    return first[:, None] + np.arange(size)
