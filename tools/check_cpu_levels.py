@@ -46,7 +46,7 @@ from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, SHORT_NL4, quantize
 from qwen3fast.quantization.layers import QuantizedLinear
 from qwen3fast.quantization.uint4 import Layout
-from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
+from qwen3fast.sampling.processors import ProcessorRows, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +159,6 @@ def sampling_cases() -> Iterator[Case]:
     rows = SamplerRows(torch.full((B,), 0.7), top_k, top_p, min_p, torch.arange(B) << 33, torch.arange(B))
     yield "sample", (B, V), (logits, sampling_pointers(rows, B), *rows), sample(logits, rows, SamplerKind.FULL)
     yield "sample", (B, V), (logits, NONE), logits.argmax(dim=1)
-    yield "logprobs", (B, V, 20), (logits, top_k), log_probabilities(logits, top_k, 20)[1]
     processing = ProcessorRows.neutral(B, V, CPU)
     for tensor in processing[:3]:
         tensor.copy_(1 + torch.rand(B))

@@ -162,10 +162,6 @@ bool run(const std::string& name, Case& c, void* result) {
     qwen3fast_sample(a[0].as<float>(), a[1].as<Sampling>(), static_cast<int64_t*>(result), n[0], n[1], threads);
   } else if (name == "process") {
     qwen3fast_process_logits(a[0].as<float>(), a[1].as<Processing>(), static_cast<float*>(result), n[0], n[1], threads);
-  } else if (name == "logprobs") {
-    std::vector<float> chosen(n[0]), values(n[0] * n[2]);
-    qwen3fast_log_probabilities(a[0].as<float>(), a[1].as<int64_t>(), chosen.data(), static_cast<int64_t*>(result),
-                                values.data(), n[0], n[1], n[2], threads);
   } else if (name == "quantize") {  // n: N, K, bits; the result is packed, and behind it scales
     auto* const packed = static_cast<uint8_t*>(result);
     qwen3fast_quantize_weight(x, n[0], n[1], n[2], packed, packed + n[0] * n[1] * n[2] / 8, threads);

@@ -21,7 +21,7 @@ from qwen3fast.engine.compile import Function
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.parts import Forward, Parts
 from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
-from qwen3fast.sampling.processors import count_token
+from qwen3fast.sampling.processors import count_token, log_probabilities
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows
 
 # Changes the logits of a step, (B, V) float32; row b is row b of the cache.
@@ -62,10 +62,10 @@ def decode_step(
     if parts.fused_sampler is not None:  # samples and advances in one
         buffers = (state.advance_R, state.input_R, state.output_R, state.position_R, state.step_R)
         parts.fused_sampler.advance(processed_BV, sampler_rows, sampler, *(tensor[rows] for tensor in buffers))
-        _record(parts, logits_BV, state.output_R[rows], state, rows, processors, logprobs)
+        _record(logits_BV, state.output_R[rows], state, rows, processors, logprobs)
         return
     token_B = parts.samplers[sampler](None, processed_BV, *sampler_rows)
-    _record(parts, logits_BV, token_B, state, rows, processors, logprobs)
+    _record(logits_BV, token_B, state, rows, processors, logprobs)
     buffers = (state.output_R, state.input_R, state.position_R, state.step_R, state.advance_R)
     parts.advance(None, token_B, *(tensor[rows] for tensor in buffers))
 
@@ -123,7 +123,6 @@ def _processed(
 
 
 def _record(
-    parts: Parts,
     logits_BV: Tensor,
     token_B: Tensor,
     state: DecodeState,
@@ -138,7 +137,7 @@ def _record(
     if processors is not None:
         count_token(processors.tensors.count_BV[rows], token_B, state.advance_R[rows])
     if logprobs is not None:
-        chosen_B, id_BN, value_BN = parts.log_probabilities(logits_BV, token_B, logprobs.id_RN.shape[1])
+        chosen_B, id_BN, value_BN = log_probabilities(logits_BV, token_B, logprobs.id_RN.shape[1])
         logprobs.chosen_R[rows], logprobs.id_RN[rows], logprobs.value_RN[rows] = chosen_B, id_BN, value_BN
 
 
@@ -158,7 +157,7 @@ def choose_tokens(
     """
     processed_BV = _processed(parts, logits_BV, rows, processors, hook)
     token_B = sample_rows(parts, processed_BV, state.sampler_rows(rows), sampler)
-    _record(parts, logits_BV, token_B, state, rows, processors, logprobs)
+    _record(logits_BV, token_B, state, rows, processors, logprobs)
     return token_B
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from qwen3fast.checks import checked_variable
 from qwen3fast.engine.compile import Function, StepCompiler, StepPart
-from qwen3fast.engine.cpu_sampling import in_cpp, token_logprobs
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
-from qwen3fast.kernels import cuda
+from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.kernels.cpu import huge_pages, sampler
 from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
@@ -33,7 +32,7 @@ from qwen3fast.model.kv_cache import CacheLayer, StaticKVCache
 from qwen3fast.model.memory import free_bytes
 from qwen3fast.model.stacking import stack_layers
 from qwen3fast.quantization.layers import fit_scales, load_operations
-from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
+from qwen3fast.sampling.processors import ProcessorRows, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 # Tokens of a prompt that are computed together. On CUDA devices each size is captured; on CPUs one compiled form serves
@@ -173,7 +172,6 @@ class Parts:
         fused_sampler: a `FusedSampler`, which replaces `samplers` and `advance` there.
         forms: which forms of attention, products and blocks are used.
         head: the module that `logits` runs.
-        log_probabilities: the function of sampling/processors.py, or the same in C++.
         needs_mask: False if attention in decode steps finds the used length on its own, without a mask or a bucket.
     """
 
@@ -189,7 +187,6 @@ class Parts:
     head: nn.Sequential
     processors: Function
     samplers: dict[SamplerKind, Function]
-    log_probabilities: Function
     advance: StepPart
     needs_mask: bool
 
@@ -249,7 +246,6 @@ class Parts:
             head=nn.Sequential(model.model.norm, model.lm_head),
             processors=_processors(compiler, is_cpu, (any_rows, *all_rows)),
             samplers=_samplers(compiler, is_cpu, is_cuda, (any_rows, *all_rows[: len(SamplerRows._fields)])),
-            log_probabilities=token_logprobs if is_cpu and compiler.uses_operations else log_probabilities,
             advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=is_cuda),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
@@ -325,6 +321,19 @@ def _after_loading(
         fit()
     move_to_huge_pages(model, cache, lambda: compiler.thread is not None)
     measure()
+
+
+def in_cpp(run: Callable[[Tensor, Sequence[Tensor]], Tensor], plain: Function) -> Function:
+    """Return `run_sampler` or `run_processors`, in C++ once that is loaded.
+
+    run: the function of kernels/cpu/sampler.py. plain: the part, compiled or not, which serves until then.
+    """
+
+    def run_part(_: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:
+        result: Tensor = run(logits_BV.float(), rows) if cpu.is_loaded() else plain(None, logits_BV, *rows)
+        return result
+
+    return run_part
 
 
 def _samplers(

@@ -95,8 +95,7 @@ def log_probabilities(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tenso
 
     token_B: int64, the chosen tokens. n: at most V.
     Returns: log-probabilities of the chosen tokens, (B,) float32 (0 for token -1); ids of the most likely tokens,
-    (B, N) int64, in descending order; their log-probabilities, (B, N) float32. Of equal logits, `torch.topk` takes any;
-    the C++ form (kernels/cpu/logprobs.cpp) takes the first ones.
+    (B, N) int64, in descending order; their log-probabilities, (B, N) float32. Of equal logits, `torch.topk` takes any.
     """
     logits_BV = logits_BV.float()
     log_sum_B1 = logits_BV.logsumexp(dim=-1, keepdim=True)

@@ -171,11 +171,6 @@ QWEN3FAST_API double qwen3fast_decode_step(const Layer* layers, int64_t count, c
 QWEN3FAST_API void qwen3fast_sample(const float* logits, const Sampling* sampling, int64_t* token, int64_t M, int64_t V,
                                     int64_t threads);
 
-// Log-probabilities under logits (M, V): of token (M,), below V, in chosen (M,), 0 for -1; in ids and values (M, n), n up to V,
-// the most likely tokens, in descending order, of equal ones the first.
-QWEN3FAST_API void qwen3fast_log_probabilities(const float* logits, const int64_t* token, float* chosen, int64_t* ids,
-                                               float* values, int64_t M, int64_t V, int64_t n, int64_t threads);
-
 // y (M, V): the logits (M, V) after penalties, bias and mask.
 QWEN3FAST_API void qwen3fast_process_logits(const float* logits, const Processing* rows, float* y, int64_t M, int64_t V,
                                             int64_t threads);
