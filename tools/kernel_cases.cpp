@@ -144,7 +144,7 @@ bool run(const std::string& name, Case& c, void* result) {
   } else if (name == "tiles" || name == "tiles8") {
     qwen3fast_tile_linear(x, linear, 1, y, n[0], name == "tiles" ? kBFloat16Tiles : kInt8Tiles, threads);
   } else if (name == "rows") {
-    return qwen3fast_quantized_rows(linear, a[0].as<int64_t>(), y, n[0]);
+    return qwen3fast_quantized_rows(linear, a[0].as<int64_t>(), y, n[0], threads);
   } else if (name == "decode") {
     qwen3fast_decode_attention(x, a[1].as<Cache>(), a[2].as<int64_t>(), y, n[0], n[1], n[2], n[3], n[4], threads);
   } else if (name == "prefill" || name == "tiledpre") {

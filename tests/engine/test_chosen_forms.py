@@ -19,7 +19,7 @@ from qwen3fast.kernels import cpu, forms, forms_file
 from qwen3fast.kernels.cases import CPP, DEQUANTIZED, INT8_TILES, LINEAR, ROWS, SDPA, TILES
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import prefill, tiles
-from qwen3fast.kernels.cpu.dequantize import dequantized_linear
+from qwen3fast.kernels.cpu.ops import dequantized_linear
 from qwen3fast.kernels.cpu.structures import RowLimits, Tiles, packed_linear
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization.convert import quantize_model

@@ -12,7 +12,7 @@ from conftest import assert_near, random_tensor
 
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import building, levels, tiles
-from qwen3fast.kernels.cpu.dequantize import dequantized_linear
+from qwen3fast.kernels.cpu.ops import dequantized_linear
 from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
 from qwen3fast.quantization.formats import FORMATS, SAVED_FORMATS, SHORT_NL4, quantize

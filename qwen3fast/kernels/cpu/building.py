@@ -21,6 +21,7 @@ SOURCES = (
     "fp8.cpp",
     "lossless.cpp",
     "decode_layers.cpp",
+    "dequantize.cpp",
     "sampler.cpp",
     "processors.cpp",
     "prefill_attention.cpp",

@@ -110,8 +110,9 @@ QWEN3FAST_API bool qwen3fast_try_tiles();
 // Has attention of prefill multiply by tiles, or not (as at first).
 QWEN3FAST_API void qwen3fast_use_tiles(bool are_used);
 
-// y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false, with y unfinished, for a row that there is not.
-QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);
+// y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false for a row that there is not.
+QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R,
+                                            int64_t threads);
 
 // Quantizes a weight (N, K), N a multiple of 16 and K of 32, to 8 or 4 bits: see quantized.cpp for packed and scale.
 QWEN3FAST_API void qwen3fast_quantize_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,

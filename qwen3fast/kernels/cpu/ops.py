@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels.cpu import tiles
-from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import (
     LANES,
@@ -104,6 +103,19 @@ def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor]
     return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
 
 
+def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Return x @ weight.T, (..., N) bfloat16, by PyTorch's product, with activations that are not quantized.
+
+    The weight is written out first, which costs as much for one row as for many. Scales of rows multiply the product:
+    the levels of int8, and the numbers of fp8, are exact in bfloat16.
+    x: (..., K) bfloat16; packed, scale: see `packed_linear`.
+    """
+    N = packed.shape[0] * LANES
+    is_last = scale.dtype == torch.float32 and scale.shape in ((N,), (N, 1))
+    y = F.linear(x, quantized_rows(packed, torch.ones_like(scale) if is_last else scale, torch.arange(N)))
+    return (y.float() * scale.flatten()).to(torch.bfloat16) if is_last else y
+
+
 def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
     """Quantize a weight, (N, K) bfloat16, into packed and scale, whose shapes give the bits; see `packed_linear`.
 
@@ -134,7 +146,8 @@ def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:
     linear = packed_linear(packed, scale)
     require(row_R.dtype == torch.int64 and row_R.dim() == 1, "quantized_rows: row must be (R,) int64")
     row_R, y_RK = row_R.contiguous(), torch.empty(len(row_R), linear.K, dtype=torch.bfloat16, device="cpu")
-    if not functions().qwen3fast_quantized_rows(byref(linear), row_R.data_ptr(), y_RK.data_ptr(), len(row_R)):
+    pointers = (byref(linear), row_R.data_ptr(), y_RK.data_ptr())
+    if not functions().qwen3fast_quantized_rows(*pointers, len(row_R), torch.get_num_threads()):
         raise ValueError(f"quantized_rows: a row of {row_R.tolist()} is not one of the weight's {linear.N}")
     return y_RK
 

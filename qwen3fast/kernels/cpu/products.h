@@ -25,6 +25,9 @@ constexpr int64_t kManyRows = 8;  // of x, from which lanes are rows in bfloat16
 inline bool is_fp8(const Linear& weight) { return weight.bits == 8 && weight.span; }
 inline bool has_row_scales(const Linear& weight) { return weight.record == kLanes * int64_t{sizeof(float)}; }
 
+// Whether a weight's scales are of rows, and multiply sums over all channels.
+inline bool has_last_scales(const Linear& weight) { return weight.bits == 8 && (!weight.span || has_row_scales(weight)); }
+
 // Whether a weight in int4 has its scales in bytes.
 inline bool has_byte_scales(const Linear& weight) { return weight.bits == 4 && !weight.span && weight.record; }
 
@@ -100,7 +103,11 @@ void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFl
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                    int64_t width);
 
-// The same for weights in fp8. x: (M, K).
+// Dequantizes a block of a weight that is not lossless into pairs of neighboring channels, 16 rows side by side: K/2 vectors,
+// `stride` apart. Scales that come last are left out: levels of 8 bits, and numbers of fp8, are exact in bfloat16.
+void dequantize(const Linear& weight, int64_t block, Bits* pairs, int64_t stride);
+
+// The same as packed_blocks for weights in fp8. x: (M, K).
 void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end, int64_t width);
 
 namespace {

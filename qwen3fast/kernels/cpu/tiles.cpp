@@ -22,11 +22,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "fp8.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
-#include "records.h"
 #include "tiles.h"
 
 #if QWEN3FAST_HAS_AMX
@@ -87,56 +85,10 @@ std::vector<Panel> panels_of(const Linear* weights, int64_t count, BFloat16* y) 
   return panels;
 }
 
-// Dequantizes block `j` of a panel into pairs; in 8 bits, without the scales of rows.
-void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
-  const Linear& weight = *panel.weight;
-  const int bits = static_cast<int>(weight.bits);
-  const int64_t block = panel.block + j, unit = unit_of(bits), lines = lines_of(bits), G = weight.K / unit;
-  const auto* w = static_cast<const uint8_t*>(weight.weight) + block * G * lines * kTileBytes;
-  const bool has_table = is_looked_up(weight), is_signed = bits == 6 || has_table;  // with scales that have a sign
-  const bool has_minimums = bits < 6 && weight.span && !is_signed, has_blocks = is_fp8(weight) && !has_row_scales(weight);
-  const auto* of_blocks = static_cast<const float*>(weight.scale) + (has_blocks ? block * ((weight.K - 1) / weight.span + 1) : 0);
-  Records records;
-  ByteScales byte_scales;
-  SignedScales signed_scales;
-  if (has_minimums) records.start(weight, block);
-  if (has_byte_scales(weight)) byte_scales.start(weight, block);
-  if (is_signed) signed_scales.start(weight, block);
-  Vec scale = fill(1), minimum = fill(128);
-  Bits* out = pairs + j;
-  for (int64_t g = 0; g < G; g++, w += lines * kTileBytes) {
-    if (has_blocks) scale = fill(of_blocks[g * kGroup / weight.span]);
-    if (has_minimums) {
-      records.read(scale, minimum);
-    } else if (is_signed) {
-      scale = signed_scales.read();
-      minimum = (bits == 6 ? 32 : 128) * scale;
-    } else if (bits == 4) {
-      scale = has_byte_scales(weight) ? byte_scales.read(g) * byte_scales.units()
-                                      : load(static_cast<const BFloat16*>(weight.scale) + (block * G + g) * kLanes);
-      minimum = 8 * scale;
-    }
-    const Bits high = load_as<Bits>(w + (lines - 1) * kTileBytes);
-    for (int four = 0; four < unit / 4; four++) {
-      Bits levels = levels_of(bits, load_as<Bits>(w + (bits == 8 ? four : four / 2) * kTileBytes), high, four);
-      if (has_table) levels = look_up(kLookedUp, levels);
-      for (int shift = 0; shift < 32; shift += 16) {
-        const auto number = [&](int at) {
-          const Bits level = levels >> at & 255u;
-          return is_fp8(weight) ? from_fp8(level) * scale : convert<Vec>(as<Ints>(level)) * scale - minimum;
-        };
-        *out = as_bfloat16(number(shift), number(shift + 8));
-        out += panel.blocks;
-      }
-    }
-  }
-}
-
 // All rows of x with a panel of packed weights. rest: the rows beyond the last 32, filled up by zeros to 32.
 void packed_panel(const Panel& panel, const BFloat16* x, const BFloat16* rest, int64_t M, int64_t width, Bits* pairs) {
   const Linear& weight = *panel.weight;
-  const bool has_last_scales = weight.bits == 8 && (!weight.span || has_row_scales(weight));
-  for (int64_t j = 0; j < panel.blocks; j++) dequantize(panel, j, pairs);
+  for (int64_t j = 0; j < panel.blocks; j++) dequantize(weight, panel.block + j, pairs + j, panel.blocks);
   alignas(64) float results[kTwo * kTwo];
   for (int64_t m0 = 0; m0 < M; m0 += kTwo) {
     const int64_t rows = std::min(M - m0, kTwo), padded = rows > kTileRows ? kTwo : kTileRows;
@@ -145,7 +97,7 @@ void packed_panel(const Panel& panel, const BFloat16* x, const BFloat16* rest, i
     for (int64_t m = 0; m < rows; m++)
       for (int64_t j = 0; j < panel.blocks; j++) {
         Vec sums = load(results + m * kTwo + j * kLanes);
-        if (has_last_scales) sums *= load(static_cast<const float*>(weight.scale) + (panel.block + j) * kLanes);
+        if (has_last_scales(weight)) sums *= load(static_cast<const float*>(weight.scale) + (panel.block + j) * kLanes);
         store(panel.y + (m0 + m) * width + j * kLanes, sums);
       }
   }
