@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "fp8.h"
 #include "ops.h"
@@ -14,13 +13,14 @@
 
 constexpr int64_t kLine = 64;  // bytes
 
-void dequantize(const Linear& weight, int64_t block, Bits* pairs, int64_t stride) {
+void dequantize(const Linear& weight, int64_t block, uint32_t* pairs, int64_t stride) {
   const int bits = static_cast<int>(weight.bits);
   const int64_t unit = unit_of(bits), lines = lines_of(bits), G = weight.K / unit;
   const auto* w = static_cast<const uint8_t*>(weight.weight) + block * G * lines * kLine;
   const bool has_table = is_looked_up(weight), is_signed = bits == 6 || has_table;  // with scales that have a sign
   const bool has_minimums = bits < 6 && weight.span && !is_signed, has_blocks = is_fp8(weight) && !has_row_scales(weight);
-  const auto* of_blocks = static_cast<const float*>(weight.scale) + (has_blocks ? block * ((weight.K - 1) / weight.span + 1) : 0);
+  const int64_t spans = has_blocks ? (weight.K + weight.span - 1) / weight.span : 0;
+  const auto* of_blocks = static_cast<const float*>(weight.scale) + block * spans;
   Records records;
   ByteScales byte_scales;
   SignedScales signed_scales;
@@ -48,7 +48,7 @@ void dequantize(const Linear& weight, int64_t block, Bits* pairs, int64_t stride
           const Bits level = levels >> at & 255u;
           return is_fp8(weight) ? from_fp8(level) * scale : convert<Vec>(as<Ints>(level) - zero) * scale - minimum;
         };
-        *pairs = as_bfloat16(number(shift), number(shift + 8));
+        store_as_is(pairs, as_bfloat16(number(shift), number(shift + 8)));
         pairs += stride;
       }
     }
@@ -59,8 +59,8 @@ bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16
   const int64_t K = weight->K;
   if (!std::all_of(row, row + R, [&](int64_t n) { return n >= 0 && n < weight->N; })) return false;
   parallel_for(R, std::max<int64_t>(kLanes, 65536 / K), threads, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<Bits> pairs;
-    pairs.resize(K / 2);
+    static thread_local Lines<uint32_t> pairs;
+    pairs.resize(K / 2 * kLanes);
     for (int64_t r = begin, block = -1; r < end; r++) {
       const int64_t n = row[r];
       BFloat16* const out = y + r * K;
@@ -68,8 +68,8 @@ bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16
         unpack_row(*weight, n, out);
         continue;
       }
-      if (n / kLanes != block) dequantize(*weight, block = n / kLanes, pairs.data(), 1);
-      for (int64_t p = 0; p < K / 2; p++) std::memcpy(out + 2 * p, reinterpret_cast<uint32_t*>(&pairs[p]) + n % kLanes, 4);
+      if (n / kLanes != block) dequantize(*weight, block = n / kLanes, pairs.data(), kLanes);
+      for (int64_t p = 0; p < K / 2; p++) std::memcpy(out + 2 * p, &pairs[p * kLanes + n % kLanes], 4);
       if (!has_last_scales(*weight)) continue;
       const float scale = static_cast<const float*>(weight->scale)[n];
       for (int64_t i = 0; i < K; i += kLanes) store(out + i, load(out + i) * scale);

@@ -103,9 +103,9 @@ void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFl
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                    int64_t width);
 
-// Dequantizes a block of a weight that is not lossless into pairs of neighboring channels, 16 rows side by side: K/2 vectors,
-// `stride` apart. Scales that come last are left out: levels of 8 bits, and numbers of fp8, are exact in bfloat16.
-void dequantize(const Linear& weight, int64_t block, Bits* pairs, int64_t stride);
+// Dequantizes a block of a weight that is not lossless into pairs of neighboring channels: K/2 lines, `stride` pairs apart, of
+// 16 rows side by side. Scales that come last are left out: levels of 8 bits, and numbers of fp8, are exact in bfloat16.
+void dequantize(const Linear& weight, int64_t block, uint32_t* pairs, int64_t stride);
 
 // The same as packed_blocks for weights in fp8. x: (M, K).
 void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end, int64_t width);
