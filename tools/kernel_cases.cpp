@@ -137,8 +137,6 @@ bool run(const std::string& name, Case& c, void* result) {
   const auto* linear = a.size() > 1 ? a[1].as<Linear>() : nullptr;
   if (name == "plain") {
     qwen3fast_linear(x, a[1].as<BFloat16>(), y, n[0], n[1], n[2], threads);
-  } else if (name == "gated") {
-    qwen3fast_gated_linear(x, a[1].as<BFloat16>(), a[2].as<BFloat16>(), y, n[0], n[1], n[2], threads);
   } else if (name == "linear") {
     qwen3fast_quantized_linear(x, linear, 1, y, n[0], threads);
   } else if (name == "tiles" || name == "tiles8") {

@@ -87,10 +87,6 @@ struct Sizes {
 QWEN3FAST_API void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
                                     int64_t K, int64_t threads);
 
-// y = silu(x gate^T) * (x up^T), gate and up (N, K): M at least 8, N a multiple of 8.
-QWEN3FAST_API void qwen3fast_gated_linear(const BFloat16* x, const BFloat16* gate, const BFloat16* up, BFloat16* y,
-                                          int64_t M, int64_t N, int64_t K, int64_t threads);
-
 // y[m, n] as of qwen3fast_linear, for any M and packed weights of the same K; y (M, all N together) holds their results side by side.
 QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y,
                                               int64_t M, int64_t threads);

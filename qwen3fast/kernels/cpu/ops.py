@@ -16,7 +16,6 @@ from qwen3fast.kernels.cpu import tiles
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import (
     LANES,
-    MANY_ROWS,
     LinearPointers,
     RowLimits,
     address,
@@ -47,29 +46,8 @@ def linear(x: Tensor, weight_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
     return y
 
 
-def gated_linear(x: Tensor, gate_NK: Tensor, up_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
-    """Return silu(x @ gate.T) * (x @ up.T), (..., N) bfloat16. x: (..., K) bfloat16. limits: as in `linear`.
-
-    One pass over the weights, where their C++ form with many rows serves; otherwise two products.
-    """
-    N, K, at = len(gate_NK), x.shape[-1], RowLimits(*limits)
-    rows = x.numel() // K
-    weights = (gate_NK, up_NK)
-    is_one_pass = MANY_ROWS <= rows < min(at) and N % 8 == K % LANES == 0 and gate_NK.shape == up_NK.shape == (N, K)
-    if not (is_one_pass and all(w.is_contiguous() and w.dtype == x.dtype == torch.bfloat16 for w in weights)):
-        return F.silu(linear(x, gate_NK, limits)) * linear(x, up_NK, limits)
-    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
-    pointers = (tensor.data_ptr() for tensor in (x, *weights, y))
-    functions().qwen3fast_gated_linear(*pointers, rows, N, K, torch.get_num_threads())
-    return y
-
-
 def _linear_shape(x: Tensor, weight: Tensor, limits: Sequence[int] = ()) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _gated_linear_shape(x: Tensor, gate: Tensor, up: Tensor, limits: Sequence[int] = ()) -> Tensor:
-    return _linear_shape(x, gate)
 
 
 def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limits: Sequence[int] = ()) -> Tensor:
@@ -185,7 +163,6 @@ def _decode_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
 _CACHE = "Tensor q, Tensor k, Tensor v, Tensor position, Tensor? k_scale=None, Tensor? v_scale=None"
 _LIMITS = "int[] limits=[]"
 define(f"linear(Tensor x, Tensor weight, {_LIMITS}) -> Tensor", linear, _linear_shape)
-define(f"gated_linear(Tensor x, Tensor gate, Tensor up, {_LIMITS}) -> Tensor", gated_linear, _gated_linear_shape)
 define(
     f"quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, {_LIMITS}) -> Tensor",
     quantized_linear,
