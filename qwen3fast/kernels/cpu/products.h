@@ -167,13 +167,7 @@ alignas(16) constexpr uint8_t kLookedUp[] = {1, 24, 45, 63, 79, 93, 106, 118, 12
 // Quantizes `count` numbers, a multiple of 32, with one scale, which it returns: NaN if a number is not finite. totals: sums
 // of the levels, of every other 16 from the first, and from the second 16 on.
 inline float quantize_group(const BFloat16* x, int64_t count, int8_t* levels, int32_t* totals) {
-  Vec size = {}, poison = {};  // NaN where x is NaN or infinite, which a maximum may lose
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec numbers = load(x + i);
-    size = larger(size_of(numbers), size);
-    poison += numbers * 0;
-  }
-  const float most = largest(size), to_levels = most > 0 ? 127.f / most : 0.f;
+  const float most = largest_size(x, count), to_levels = most > 0 ? 127.f / most : 0.f;
   Ints sums[2] = {};
   for (int64_t i = 0; i < count; i += kLanes) {
     const Ints level = round_to_ints(load(x + i) * to_levels);
@@ -181,7 +175,7 @@ inline float quantize_group(const BFloat16* x, int64_t count, int8_t* levels, in
     sums[i / kLanes % 2] += level;
   }
   for (int i = 0; i < 2; i++) totals[i] = ::sum(sums[i]);
-  return most / 127.f + ::sum(poison);
+  return most / 127.f;
 }
 
 // Puts up to 16 rows of x into pairs of neighboring channels: K/2 lines, `width` numbers of 32 bits apart, with a pair per
