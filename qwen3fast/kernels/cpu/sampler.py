@@ -6,7 +6,7 @@ B rows   V vocabulary   W words of 32 bits, ceil(V / 32)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref
+from ctypes import Structure, byref
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Tensor] | None) -> Tensor:
     return token_B
 
 
-def sampling_pointers(rows: Sequence[Tensor], count: int) -> SamplingPointers:
+def sampling_pointers(rows: Sequence[Tensor], count: int) -> Structure:
     """Return the addresses of the fields of `SamplerRows`, (count,) each. Raises: ValueError for other tensors."""
     fields = zip(SamplingPointers._fields_, rows, _SAMPLING, strict=True)
     return SamplingPointers(*(address(f"sample: {field[0]}", x, dtype, count) for field, x, dtype in fields))
