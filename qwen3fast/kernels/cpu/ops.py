@@ -46,10 +46,6 @@ def linear(x: Tensor, weight_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
     return y
 
 
-def _linear_shape(x: Tensor, weight: Tensor, limits: Sequence[int] = ()) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limits: Sequence[int] = ()) -> Tensor:
     """Return x @ weight.T for packed weights of the same K, in any formats, side by side. x: (..., K) bfloat16.
 
@@ -75,10 +71,6 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limit
         x.data_ptr(), pointers, len(linears), y.data_ptr(), rows, torch.get_num_threads()
     )
     return y
-
-
-def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor], limits: Sequence[int] = ()) -> Tensor:
-    return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
 
 
 def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
@@ -156,17 +148,21 @@ def decode_attention(
     return y_BH1D
 
 
-def _decode_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[2], 1, q.shape[3]))
-
-
 _CACHE = "Tensor q, Tensor k, Tensor v, Tensor position, Tensor? k_scale=None, Tensor? v_scale=None"
 _LIMITS = "int[] limits=[]"
-define(f"linear(Tensor x, Tensor weight, {_LIMITS}) -> Tensor", linear, _linear_shape)
+define(
+    f"linear(Tensor x, Tensor weight, {_LIMITS}) -> Tensor",
+    linear,
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
 define(
     f"quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, {_LIMITS}) -> Tensor",
     quantized_linear,
-    _quantized_linear_shape,
+    lambda x, packed, *_: x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed))),
 )
 define("quantized_rows(Tensor packed, Tensor scale, Tensor row) -> Tensor", quantized_rows, None)
-define(f"decode_attention({_CACHE}) -> Tensor", decode_attention, _decode_attention_shape)
+define(
+    f"decode_attention({_CACHE}) -> Tensor",
+    decode_attention,
+    lambda q, *_: q.new_empty((q.shape[0], q.shape[2], 1, q.shape[3])),
+)
