@@ -130,7 +130,7 @@ QWEN3FAST_API void qwen3fast_pack_lossless(const BFloat16* weight, int64_t N, in
 // X weights (2I, E) one below the other, gate before up; down X weights (E, I); both packed. Returns
 // false, with y unfinished, for an expert that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const Linear* gate_up,
-                                               const Linear* down, BFloat16* y, int64_t N, int64_t C, int64_t X,
+                                               const Linear* down, BFloat16* y, int64_t N, int64_t C,
                                                int64_t threads);
 
 // q (B, 1, H, D), position (B,) -> y (B, H, 1, D). D a multiple of 32.
