@@ -137,14 +137,12 @@ bool run(const std::string& name, Case& c, void* result) {
   const auto* linear = a.size() > 1 ? a[1].as<Linear>() : nullptr;
   if (name == "plain") {
     qwen3fast_linear(x, a[1].as<BFloat16>(), y, n[0], n[1], n[2], threads);
-  } else if (name == "gated") {
-    qwen3fast_gated_linear(x, a[1].as<BFloat16>(), a[2].as<BFloat16>(), y, n[0], n[1], n[2], threads);
   } else if (name == "linear") {
     qwen3fast_quantized_linear(x, linear, 1, y, n[0], threads);
   } else if (name == "tiles" || name == "tiles8") {
     qwen3fast_tile_linear(x, linear, 1, y, n[0], name == "tiles" ? kBFloat16Tiles : kInt8Tiles, threads);
   } else if (name == "rows") {
-    return qwen3fast_quantized_rows(linear, a[0].as<int64_t>(), y, n[0]);
+    return qwen3fast_quantized_rows(linear, a[0].as<int64_t>(), y, n[0], threads);
   } else if (name == "decode") {
     qwen3fast_decode_attention(x, a[1].as<Cache>(), a[2].as<int64_t>(), y, n[0], n[1], n[2], n[3], n[4], threads);
   } else if (name == "prefill" || name == "tiledpre") {
@@ -162,10 +160,6 @@ bool run(const std::string& name, Case& c, void* result) {
     qwen3fast_sample(a[0].as<float>(), a[1].as<Sampling>(), static_cast<int64_t*>(result), n[0], n[1], threads);
   } else if (name == "process") {
     qwen3fast_process_logits(a[0].as<float>(), a[1].as<Processing>(), static_cast<float*>(result), n[0], n[1], threads);
-  } else if (name == "logprobs") {
-    std::vector<float> chosen(n[0]), values(n[0] * n[2]);
-    qwen3fast_log_probabilities(a[0].as<float>(), a[1].as<int64_t>(), chosen.data(), static_cast<int64_t*>(result),
-                                values.data(), n[0], n[1], n[2], threads);
   } else if (name == "quantize") {  // n: N, K, bits; the result is packed, and behind it scales
     auto* const packed = static_cast<uint8_t*>(result);
     qwen3fast_quantize_weight(x, n[0], n[1], n[2], packed, packed + n[0] * n[1] * n[2] / 8, threads);

@@ -35,7 +35,8 @@ class Formats:
         layers = {n: m for n, m in self.exact.named_modules() if isinstance(m, nn.Linear)}
         with torch.no_grad():
             moments = second_moments(layers, self.exact, list(windows[:, None].unbind()))
-        self._moments = {name: moment.mean() for name, moment in moments.items()}
+        upper = {name: moment.upper().triu() for name, moment in moments.items()}
+        self._moments = {name: mean_KK + mean_KK.triu(1).T for name, mean_KK in upper.items()}
 
     def __iter__(self) -> Iterator[tuple[str, float, Qwen3]]:
         """Yield (name, bits per weight of the matrices, float32 model); one model at a time is in memory."""

@@ -14,7 +14,6 @@ import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
@@ -27,19 +26,6 @@ Step = Callable[[], None]
 ATTEMPTS = 2  # a thread of the program that waits for the device breaks a capture; the next attempt may succeed
 
 
-class Recorder(Protocol):
-    """An interface to record a step for replays."""
-
-    def warm_up(self, step: Step) -> None:
-        """Run the step once, with its effects."""
-
-    def record(self, step: Step) -> Step:
-        """Record the step without its effects. Returns: a function that replays it.
-
-        Raises: RuntimeError if it cannot be recorded; the state is then as before.
-        """
-
-
 class CudaRecorder:
     """A recorder with `torch.cuda.CUDAGraph`. All graphs share one memory pool, as only one runs at a time."""
 
@@ -50,7 +36,7 @@ class CudaRecorder:
             self._stream = torch.cuda.Stream()
 
     def warm_up(self, step: Step) -> None:
-        """Run the step on the stream of the capture, which lets libraries initialize there."""
+        """Run the step once, on the stream of the capture, which lets libraries initialize there."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -58,7 +44,7 @@ class CudaRecorder:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, step: Step) -> Step:
-        """Capture into a new graph.
+        """Capture into a new graph, without the step's effects. Returns: a function that replays it.
 
         Raises: RuntimeError, with the first cause, if the step cannot be captured; OutOfMemoryError as it is.
         """
@@ -92,7 +78,7 @@ class GraphCache:
     failures: the reasons, by key.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: CudaRecorder) -> None:
         self._recorder = recorder
         self._replays: dict[Hashable, Step] = {}
         self.failures: dict[Hashable, str] = {}

@@ -33,7 +33,6 @@ from qwen3fast.engine.prefill import (
     Prefill,
     graph_prompts,
     max_prompts,
-    prefill_step,
     prefill_together,
 )
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
@@ -137,7 +136,7 @@ class Engine(Rows):
         """Compute one chunk. Returns: after the last chunk, the logits of the last token, (1, V); otherwise None."""
         self.compiler.share_processor()
         with self.compiler.quiet:
-            return prefill_step(self._forward_with(prefill.adapter), prefill, self.captured)
+            return prefill_together(self._forward_with(prefill.adapter), [prefill], self.captured)[0]
 
     @on_device
     def prefill_together(self, prefills: list[Prefill]) -> list[Tensor | None]:

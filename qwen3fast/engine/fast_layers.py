@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from qwen3fast.kernels import cpu
 from qwen3fast.kernels.attention import sdpa
 from qwen3fast.kernels.experts import chosen_linear, run_gathered, run_grouped
 from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.kernels.linear import Linear
 from qwen3fast.model.attention import Attention
-from qwen3fast.model.feed_forward import FeedForward
 from qwen3fast.model.moe import Experts
 
 
@@ -42,23 +39,10 @@ class FastAttention(Attention):
         return sdpa(q_BHTD, k_BKTD, v_BKTD)
 
 
-class FastFeedForward(FeedForward):
-    """A feed-forward layer that computes gate and up in one pass on CPUs, where nothing else has wrapped them."""
-
-    def forward(self, x_BTE: Tensor) -> Tensor:
-        """Return the output for each token: same shape and dtype."""
-        gate, up = self.gate_proj, self.up_proj
-        if not (type(gate) is type(up) is Linear and cpu.can_linear(x_BTE, gate.weight)):
-            return super().forward(x_BTE)
-        x_BTE = self.down_proj(torch.ops.qwen3fast.gated_linear(x_BTE, gate.weight, up.weight, gate.limits))
-        return x_BTE
-
-
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
     Experts: FastExperts,
     Attention: FastAttention,
-    FeedForward: FastFeedForward,
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from qwen3fast.checks import checked_variable
 from qwen3fast.engine.compile import Function, StepCompiler, StepPart
-from qwen3fast.engine.cpu_sampling import in_cpp, token_logprobs
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
-from qwen3fast.kernels import cuda
+from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.kernels.cpu import huge_pages, sampler
 from qwen3fast.kernels.cpu.huge_pages import use_huge_pages
@@ -145,10 +144,10 @@ def run_count(_: None, count_BV: Tensor, token_B: Tensor, advance_B: Tensor) -> 
 
 
 def run_logprobs(
-    find: Function, _: None, logits_BV: Tensor, token_B: Tensor, chosen_B: Tensor, id_BN: Tensor, value_BN: Tensor
+    _: None, logits_BV: Tensor, token_B: Tensor, chosen_B: Tensor, id_BN: Tensor, value_BN: Tensor
 ) -> None:
-    """Write log-probabilities to the fields of `LogprobState`. find: `log_probabilities`, or the same in C++."""
-    found = find(logits_BV, token_B, id_BN.shape[1])
+    """Write log-probabilities to the fields of `LogprobState`: see `log_probabilities`."""
+    found = log_probabilities(logits_BV, token_B, id_BN.shape[1])
     for buffer, numbers in zip((chosen_B, id_BN, value_BN), found, strict=True):
         buffer.copy_(numbers)
 
@@ -186,7 +185,6 @@ class Parts:
         fused_sampler: a `FusedSampler`, which replaces `samplers` and `advance` there.
         forms: which forms of attention, products and blocks are used.
         head: the module that `logits` runs.
-        log_probabilities: the function of sampling/processors.py, or the same in C++. logprobs: its use in a step.
         needs_mask: False if attention in decode steps finds the used length on its own, without a mask or a bucket.
     """
 
@@ -202,7 +200,6 @@ class Parts:
     head: nn.Sequential
     processors: Function
     samplers: dict[SamplerKind, Function]
-    log_probabilities: Function
     count: StepPart
     logprobs: StepPart
     advance: StepPart
@@ -246,7 +243,6 @@ class Parts:
                 checked_variable(huge_pages.VARIABLE)
                 _move_later(model, cache)
         fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
-        find_logprobs = token_logprobs if is_cpu and compiler.uses_operations else log_probabilities
         return cls(
             forms=forms,
             decode_layers=decode_layers,
@@ -265,9 +261,8 @@ class Parts:
             head=nn.Sequential(model.model.norm, model.lm_head),
             processors=_processors(compiler, is_cpu, (any_rows, *all_rows)),
             samplers=_samplers(compiler, is_cpu, is_cuda, (any_rows, *all_rows[: len(SamplerRows._fields)])),
-            log_probabilities=find_logprobs,
             count=compiler.part(run_count, dynamic=(any_rows,) * 3, is_compiled=is_cuda),
-            logprobs=compiler.part(partial(run_logprobs, find_logprobs), dynamic=(any_rows,) * 5, is_compiled=is_cuda),
+            logprobs=compiler.part(run_logprobs, dynamic=(any_rows,) * 5, is_compiled=is_cuda),
             advance=compiler.part(run_advance, dynamic=(any_rows,) * 6, is_compiled=is_cuda),
             needs_mask=not finds_used_length(device, config.head_dim),
         )
@@ -343,6 +338,19 @@ def _after_loading(
         fit()
     move_to_huge_pages(model, cache, lambda: compiler.thread is not None)
     measure()
+
+
+def in_cpp(run: Callable[[Tensor, Sequence[Tensor]], Tensor], plain: Function) -> Function:
+    """Return `run_sampler` or `run_processors`, in C++ once that is loaded.
+
+    run: the function of kernels/cpu/sampler.py. plain: the part, compiled or not, which serves until then.
+    """
+
+    def run_part(_: None, logits_BV: Tensor, *rows: Tensor) -> Tensor:
+        result: Tensor = run(logits_BV.float(), rows) if cpu.is_loaded() else plain(None, logits_BV, *rows)
+        return result
+
+    return run_part
 
 
 def _samplers(

@@ -149,54 +149,41 @@ class Chunk(NamedTuple):
     last: int
 
 
-def prefill_step(forward: Forward, prefill: Prefill, captured: CapturedChunks | None = None) -> Tensor | None:
-    """Compute the next chunk. Returns: the logits after the prompt, (1, V), if it is the last chunk; otherwise None.
-
-    captured: the graphs of chunks, on CUDA; chunks whose log-probabilities are wanted run without.
-    """
-    chunk, device, parts = prefill.take_chunk(), forward.cos_SD.device, forward.parts
-    start, count = chunk.start, chunk.last + 1
-    wanted = prefill.wanted.after(start, count, len(prefill.token_ids)) if prefill.wanted is not None else None
-    if captured is not None and captured.serves(start) and not wanted:
-        logits_1V = captured.run(forward, [prefill.row], [chunk], prefill.adapter > 0)
-        return None if prefill.chunks else logits_1V.clone()
-    row_1, token_1T = to_device([prefill.row], device), to_device([chunk.token_ids], device)
-    x_1TE = prefill_chunk(forward, row_1, token_1T, start, lasts=None if wanted else [chunk.last])
-    if prefill.wanted is not None and wanted:
-        targets = prefill.token_ids[wanted.start + 1 : wanted.stop + 1]
-        states_1TE = x_1TE[:, wanted.start - start : wanted.stop - start]
-        prefill.logprobs += chunk_logprobs(
-            parts, forward.model.config.vocab_size, states_1TE, targets, prefill.wanted.top
-        )
-    return None if prefill.chunks else logits_at(parts, x_1TE, [0], [chunk.last])
-
-
 def prefill_together(
     forward: Forward, prefills: Sequence[Prefill], captured: CapturedChunks | None = None
 ) -> list[Tensor | None]:
-    """Compute the next chunks of several prompts in one forward pass.
+    """Compute the next chunk of a prompt, or of several in one forward pass.
 
-    Each must fit the size of the largest (`Prefill.fits`). captured: as in `prefill_step`.
-    Returns: for each prompt, what `prefill_step` returns.
+    Of several, each must fit the size of the largest (`Prefill.fits`). captured: the graphs of chunks, on CUDA; chunks
+    whose log-probabilities are wanted run without.
+    Returns: for each prompt, the logits after it, (1, V), if this was its last chunk; otherwise None.
     """
-    size = max(prefill.chunks[0] for prefill in prefills)
-    assert all(prefill.fits(size) for prefill in prefills), "each chunk has the same size, or is padded"
-    device, logits = forward.cos_SD.device, dict[int, Tensor]()
+    size, is_one, first = max(prefill.chunks[0] for prefill in prefills), len(prefills) == 1, prefills[0]
+    assert is_one or all(prefill.fits(size) for prefill in prefills), "each chunk has the same size, or is padded"
+    device, config, wanted = forward.cos_SD.device, forward.model.config, range(0)
     chunks, rows = [prefill.take_chunk(size) for prefill in prefills], [prefill.row for prefill in prefills]
     ends = [b for b, prefill in enumerate(prefills) if not prefill.chunks]
-    if captured is not None:
+    token_ids, starts, lasts = zip(*chunks, strict=True)
+    if first.wanted is not None:  # such a prompt is alone
+        wanted = first.wanted.after(starts[0], lasts[0] + 1, len(first.token_ids))
+    if captured is not None and not wanted and all(map(captured.serves, starts)):
         logits_BV = captured.run(forward, rows, chunks, any(prefill.adapter > 0 for prefill in prefills))
-        logits = {b: logits_BV[b : b + 1].clone() for b in ends}
-    else:
-        token_ids, starts, lasts = zip(*chunks, strict=True)
-        token_BT, (row_B, start_B) = to_device(token_ids, device), to_device([rows, starts], device)
-        needs_mask = not finds_used_length_of_chunks(device, forward.model.config.head_dim)
-        length = max(starts) + size if needs_mask else None
-        x_BTE = prefill_chunk(forward, row_B, token_BT, start_B, length, lasts)
-        if ends:
-            logits_BV = logits_at(forward.parts, x_BTE, ends, [lasts[b] for b in ends])
-            logits = {b: logits_BV[i : i + 1].clone() for i, b in enumerate(ends)}
-    return [logits.get(b) for b in range(len(prefills))]
+        return [logits_BV[b : b + 1].clone() if b in ends else None for b in range(len(prefills))]
+    token_BT, row_B = to_device(token_ids, device), to_device(rows, device)
+    start, length = starts[0] if is_one else to_device(starts, device), None
+    if not is_one and not finds_used_length_of_chunks(device, config.head_dim):
+        length = max(starts) + size
+    x_BTE = prefill_chunk(forward, row_B, token_BT, start, length, None if wanted else lasts)
+    if first.wanted is not None and wanted:
+        targets = first.token_ids[wanted.start + 1 : wanted.stop + 1]
+        states_1TE = x_BTE[:, wanted.start - starts[0] : wanted.stop - starts[0]]
+        first.logprobs += chunk_logprobs(forward.parts, config.vocab_size, states_1TE, targets, first.wanted.top)
+    logits: list[Tensor | None] = [None] * len(prefills)
+    if ends:
+        logits_RV = logits_at(forward.parts, x_BTE, ends, [lasts[b] for b in ends])
+        for b, logits_1V in zip(ends, logits_RV.split(1), strict=True):
+            logits[b] = logits_1V.clone()
+    return logits
 
 
 def logits_at(parts: Parts, x_BTE: Tensor, rows: list[int], tokens: list[int]) -> Tensor:

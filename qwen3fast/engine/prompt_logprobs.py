@@ -16,6 +16,7 @@ from torch import Tensor
 from qwen3fast.engine.parts import Parts, run_logits
 from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.state import Logprobs
+from qwen3fast.sampling.processors import log_probabilities
 
 MAX_LOGITS = 2**23  # computed at a time: 32 MiB in float32, and about as much again for their exponentials
 
@@ -47,6 +48,6 @@ def chunk_logprobs(parts: Parts, vocab_size: int, x_1TE: Tensor, targets: list[i
     for begin in range(0, len(targets), rows):
         some = targets[begin : begin + rows]
         logits_MV = run_logits(parts.head, x_1TE[:, begin : begin + len(some)])[0]
-        columns = parts.log_probabilities(logits_MV, to_device(some, x_1TE.device), min(top, vocab_size))
+        columns = log_probabilities(logits_MV, to_device(some, x_1TE.device), min(top, vocab_size))
         entries += [Logprobs(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
     return entries

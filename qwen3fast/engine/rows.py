@@ -62,12 +62,12 @@ class Rows:
 
         Steps of a row with an adapter must be of a kind with `has_adapters`.
         """
-        self.state.begin(row, length, sampling)
+        self.state.begin([row], [length], [sampling])
 
     @on_device
     def set_rows(self, rows: list[int], lengths: list[int], samplings: list[RowSampling]) -> None:
         """Begin requests in several rows: as `set_row` for each."""
-        self.state.begin_together(rows, lengths, samplings)
+        self.state.begin(rows, lengths, samplings)
 
     @on_device
     def set_processors(self, row: int, *arguments: Any) -> None:

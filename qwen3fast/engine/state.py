@@ -72,13 +72,8 @@ class DecodeState:
         state.position_R.fill_(EMPTY)
         return state
 
-    def begin(self, row: int, length: int, sampling: RowSampling = GREEDY) -> None:
-        """Begin a request in a row whose cache holds `length` tokens."""
-        for name, number in {"position": length, "advance": 1, "step": 0, **sampling._asdict()}.items():
-            getattr(self, f"{name}_R")[row : row + 1].fill_(number)  # assigning to [row] would wait for the device
-
-    def begin_together(self, rows: list[int], lengths: list[int], samplings: list[RowSampling]) -> None:
-        """Begin requests in several rows: as `begin` for each, in a fixed number of operations."""
+    def begin(self, rows: list[int], lengths: list[int], samplings: list[RowSampling]) -> None:
+        """Begin requests in rows whose cache holds so many tokens, in a fixed number of operations."""
         index_B = to_device(rows, self.position_R.device)
         columns = {"position": lengths, "advance": [1] * len(rows), "step": [0] * len(rows)}
         columns |= {name: [getattr(sampling, name) for sampling in samplings] for name in RowSampling._fields}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import tiles
-from qwen3fast.kernels.cpu.structures import RowLimits, packed_linear
+from qwen3fast.kernels.cpu.structures import RowLimits, has_int8_tiles, packed_linear
 from qwen3fast.kernels.forms import FormCase
 
 CPP, SDPA, TILES, DEQUANTIZED, LINEAR = "C++", "SDPA", "tiles", "dequantized", "F.linear"
@@ -60,7 +60,7 @@ def linear_case(rows: int, weight: Sequence[Tensor], format: str = BFLOAT16) -> 
     if len(weight) > 1:
         linear, plain = packed_linear(*weight), DEQUANTIZED
         N, K = linear.N, linear.K
-        if linear.has_int8_tiles:
+        if has_int8_tiles(linear):
             by_tiles = [INT8_TILES, TILES]
     names = (CPP, *(by_tiles if tiles.are_announced() else ()), plain)
     calls = partial(_linear, rows, K, weight, names)

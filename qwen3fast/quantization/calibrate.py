@@ -117,11 +117,6 @@ class SecondMoment:
         """Return the mean, (K, K) float32; below the diagonal, the numbers are arbitrary."""
         return self._sum_KK / max(self._tokens, 1)
 
-    def mean(self) -> Tensor:
-        """Return the mean, (K, K) float32."""
-        mean_KK = self.upper()
-        return mean_KK.triu() + mean_KK.triu(1).T
-
 
 def second_moments(layers: dict[str, nn.Module], run: Function, inputs: list[Tensor]) -> dict[str, SecondMoment]:
     """Return each layer's moment of its input. Layers that are called in a row with one tensor share theirs."""

@@ -80,7 +80,8 @@ def prepare_quantization(name: str, device: torch.device, folder: Path | None = 
     """Check that a format can run on a device, before any weight is read, and build its operations.
 
     folder: whose weights are in this format already; None if they are to be quantized.
-    Raises: ValueError for an unknown format, or a device that it has no kernels for.
+    Raises: ValueError for an unknown format, or a device that it has no kernels for; for lossless, without the C++
+    operations.
     """
     format = get_format(name)
     if device.type not in format.devices and folder is not None:
@@ -94,8 +95,11 @@ def prepare_quantization(name: str, device: torch.device, folder: Path | None = 
             f"quantization={name!r} runs on {' and '.join(format.devices)} devices, not on {device}; "
             + (f"there, use {' or '.join(others)}" if others else "use device='cpu'")
         )
-    if device.type == "cpu":
-        cpu.load()
+    if device.type == "cpu" and not cpu.load() and format.is_lossless:
+        raise ValueError(
+            f"quantization={name!r} needs the C++ operations: install a wheel of qwen3fast for this machine, or a "
+            "compiler (Debian, Ubuntu: apt-get install g++), which builds them"
+        )
 
 
 def quantize_experts(model: Qwen3, name: str | Format, module_name: str) -> None:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu.lossless import MAX_CHANNELS, MULTIPLE
+from qwen3fast.kernels.cpu.lossless import MAX_CHANNELS, MULTIPLE, packed_shape
 from qwen3fast.kernels.cpu.ops import quantize_weight
 from qwen3fast.kernels.cpu.structures import INT6_SPAN, NL4_SPAN, RECORD, SHORT_SPAN, bfloat16_scales, in_features_of
 from qwen3fast.quantization.fp8 import quantize_fp8, quantize_fp8_blocks, rows_fp8, scale_shape
 from qwen3fast.quantization.int6 import int6_shape, quantize_int6, rows_int6
-from qwen3fast.quantization.lossless import LOSSLESS, pack_lossless, packed_shape, rows_lossless
+from qwen3fast.quantization.lossless import LOSSLESS, pack_lossless, rows_lossless
 from qwen3fast.quantization.nl4 import nl4_shape, quantize_nl4, rows_nl4
 from qwen3fast.quantization.packed import (
     GROUP,

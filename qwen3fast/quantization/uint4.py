@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import SHORT_RECORD, SHORT_SPAN, bits_of, is_record, record_levels
+from qwen3fast.kernels.cpu.structures import SHORT_RECORD, SHORT_SPAN, ZERO_RECORD, bits_of, is_record, record_levels
 from qwen3fast.quantization.packed import (
     GROUP,
     LANES,
@@ -38,7 +38,6 @@ from qwen3fast.quantization.packed import (
 
 SPANS = (256, 128, 64, 32)
 HEAD = 4 * LANES  # bytes of d and dmin
-ZERO_RECORD = 3 * LANES
 # Ends of the range, as shares of the group's smallest and largest weight; the least squared error decides.
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BLOCK = 64  # tokens whose largest logit is found first, to find the most likely ones
+
 
 class ProcessorRows(NamedTuple):
     """Parameters and token counts of B rows.
@@ -97,15 +99,26 @@ def log_probabilities(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tenso
 
     token_B: int64, the chosen tokens. n: at most V.
     Returns: log-probabilities of the chosen tokens, (B,) float32 (0 for token -1); ids of the most likely tokens,
-    (B, N) int64, in descending order; their log-probabilities, (B, N) float32. Of equal logits, `torch.topk` takes any;
-    the C++ form (kernels/cpu/logprobs.cpp) takes the first ones.
+    (B, N) int64, in descending order; their log-probabilities, (B, N) float32. Of equal logits, `torch.topk` takes any.
     """
     logits_BV = logits_BV.float()
-    log_sum_B1 = logits_BV.logsumexp(dim=-1, keepdim=True)
-    chosen_B1 = logits_BV.gather(1, token_B.clamp(min=0)[:, None]) - log_sum_B1
+    logprob_BV = logits_BV.log_softmax(dim=-1)
+    chosen_B1 = logprob_BV.gather(1, token_B.clamp(min=0)[:, None])
     chosen_B = torch.where(token_B >= 0, chosen_B1.squeeze(1), 0.0)
     if n == 0:  # some backends do not support topk with k = 0
-        empty_B0 = logits_BV[:, :0]
+        empty_B0 = logprob_BV[:, :0]
         return chosen_B, empty_B0.long(), empty_B0.clone()
-    top_BN, ids_BN = logits_BV.topk(n, dim=-1)
-    return chosen_B, ids_BN, top_BN - log_sum_B1
+    ids_BN = _largest(logits_BV, n)
+    return chosen_B, ids_BN, logprob_BV.gather(1, ids_BN)
+
+
+def _largest(x_BV: Tensor, n: int) -> Tensor:
+    """Return the indices of `torch.topk`, found faster on CPUs: in the n blocks with the largest maxima."""
+    if x_BV.device.type != "cpu" or x_BV.shape[1] % BLOCK or n * BLOCK >= x_BV.shape[1]:
+        return x_BV.topk(n, dim=-1).indices
+    x_BKS = x_BV.unflatten(1, (-1, BLOCK))
+    block_BN = x_BKS.amax(dim=2).topk(n, dim=-1, sorted=False).indices
+    some_BNS = x_BKS.gather(1, block_BN[..., None].expand(-1, -1, BLOCK))
+    at_BN = some_BNS.flatten(1).topk(n, dim=-1).indices
+    ids_BN: Tensor = block_BN.gather(1, at_BN // BLOCK) * BLOCK + at_BN % BLOCK
+    return ids_BN

@@ -20,7 +20,7 @@ class UncachedRun:
         self._engine, self._request = engine, request
         self._vocab_size = engine.model.config.vocab_size
         self._state = DecodeState.allocate(1, engine.device)
-        self._state.begin(0, 0, request.sampling)
+        self._state.begin([0], [0], [request.sampling])
         self._processors = self._logprobs = None
         if request.is_processed:
             self._processors = ProcessorState(1, self._vocab_size, engine.device)

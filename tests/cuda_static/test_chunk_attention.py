@@ -257,5 +257,5 @@ def test_on_cuda_several_prompts_ask_the_host_for_nothing(quantization, cache_dt
         row_B, start_B, token_BT = (torch.zeros(*n, dtype=torch.int64, device=device) for n in ((4,), (4,), (4, 64)))
         with HostWatch() as watch:
             x_BTE = prefill_chunk(Forward(model, parts, cache, cos_SD, sin_SD), row_B, token_BT, start_B)
-            DecodeState.allocate(8, device).begin_together([3, 1], [64, 64], [GREEDY, RowSampling(0.7)])
+            DecodeState.allocate(8, device).begin([3, 1], [64, 64], [GREEDY, RowSampling(0.7)])
         assert watch.faults == [] and x_BTE.shape == (4, 64, config.hidden_size) and x_BTE.device == device

@@ -16,9 +16,7 @@ from test_cpu_steps import step_case
 
 from qwen3fast.engine import StepKind
 from qwen3fast.engine.decode_layers import DecodeLayers
-from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayersCall, LayerTensors
 from qwen3fast.kernels.cpu.decode_step import StepTensors
 from qwen3fast.kernels.cpu.ops import pack_scales
@@ -63,57 +61,6 @@ def test_a_row_of_a_product_is_the_same_alone_and_among_few(in_features):
     alone = torch.cat([run(row, weight) for row in x.split(1)])
     for rows in (*range(2, 20), 24, 25, 29, 32, 33, 70):
         assert torch.equal(run(x[:rows], weight), alone[:rows])
-
-
-def silu_product(x, gate, up, limits=()):
-    """Two products in their C++ form, and PyTorch between them."""
-    run = torch.ops.qwen3fast.linear
-    return F.silu(run(x, gate, limits)) * run(x, up, limits)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 8, 16, 47, 49, 130, 520])
-@pytest.mark.parametrize(("out_features", "in_features"), [(8, 16), (7, 48), (304, 1024), (40, 9728), (1000, 80)])
-def test_gated_linear_equals_two_products(rows, out_features, in_features):
-    x = random_tensor(rows, in_features).bfloat16()
-    gate, up = ((random_tensor(out_features, in_features, seed=i) / in_features**0.5).bfloat16() for i in (1, 2))
-    y = torch.ops.qwen3fast.gated_linear(x, gate, up)
-    assert_near(y, silu_product(x, gate, up).float(), torch.bfloat16)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(torch.ops.qwen3fast.gated_linear(x, gate, up), y)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_gated_linear_uses_the_forms_that_limits_name():
-    x = random_tensor(40, 96).bfloat16()
-    gate, up = (random_tensor(48, 96, seed=i).bfloat16() for i in (1, 2))
-    run, limits = torch.ops.qwen3fast.gated_linear, RowLimits(dequantized=40)
-    assert torch.equal(run(x, gate, up, limits), F.silu(F.linear(x, gate)) * F.linear(x, up))
-    strided = random_tensor(96, 4, 10).bfloat16().permute(1, 2, 0)
-    assert_same(run(strided, gate, up), run(strided.contiguous(), gate, up))
-    for arguments in ((x, gate.float(), up), (x[:, :48], gate, up)):
-        with pytest.raises(ValueError, match="linear: "):
-            run(*arguments)
-
-
-def test_feed_forward_layers_compute_gate_and_up_in_one_pass(monkeypatch):
-    config = small_config(hidden_size=64, intermediate_size=96, head_dim=32)
-    model = randomized(config).bfloat16()
-    mlp, x = model.model.layers[0].mlp, random_tensor(1, 20, 64).bfloat16()
-    plain = mlp(x)
-    use_fast_layers(model)
-    calls = []
-    op = torch.ops.qwen3fast.gated_linear
-    monkeypatch.setattr(torch.ops.qwen3fast, "gated_linear", lambda *args: calls.append(args[0].shape) or op(*args))
-    with operations():
-        assert_near(mlp(x), plain.float(), torch.bfloat16)
-    assert calls == [x.shape]
-    mlp.gate_proj = torch.nn.Sequential(mlp.gate_proj)  # wrapped by an adapter, say
-    with operations():
-        assert_near(mlp(x), plain.float(), torch.bfloat16)
-    assert calls == [x.shape]
 
 
 def test_linear_uses_the_forms_that_limits_name():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import assert_same, random_tensor
 
-from qwen3fast.engine.cpu_sampling import in_cpp, token_logprobs
+from qwen3fast.engine.parts import in_cpp
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import sampler
-from qwen3fast.sampling.processors import ProcessorRows, log_probabilities, process_logits
+from qwen3fast.sampling.processors import ProcessorRows, process_logits
 from qwen3fast.sampling.samplers import SamplerKind, SamplerRows, sample
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
@@ -233,89 +233,3 @@ def test_the_plain_processors_serve_until_the_operations_are_loaded(monkeypatch)
     assert same_bits(processors(None, logits, *rows), process_logits(logits, rows))
     monkeypatch.setattr(cpu, "is_loaded", lambda: False)
     assert processors(None, logits, *rows) == "plain"
-
-
-def assert_log_probabilities(logits_BV, token_B, n):
-    """The plain form's numbers; of equal logits, which that one takes in any order, the first ones."""
-    chosen_B, id_BN, value_BN = sampler.log_probabilities(logits_BV, token_B, n)
-    plain_B, _, plain_BN = log_probabilities(logits_BV, token_B, n)
-    torch.testing.assert_close(chosen_B, plain_B, rtol=1e-6, atol=1e-5, equal_nan=True)
-    torch.testing.assert_close(value_BN, plain_BN, rtol=1e-6, atol=1e-5, equal_nan=True)
-    key_BV = torch.where(logits_BV.isnan(), math.inf, logits_BV)  # NaN is the largest, as in topk
-    key_BV = torch.where(logits_BV == math.inf, torch.finfo().max, key_BV)
-    assert_same(id_BN, key_BV.sort(dim=-1, descending=True, stable=True).indices[:, :n])
-
-
-@pytest.mark.parametrize("n", [0, 1, 5, 20])
-@pytest.mark.parametrize("vocab_size", [20, 63, 64, 65, 97, 1280, 20001])
-def test_log_probabilities_are_the_plain_ones(vocab_size, n, threads):
-    logits_BV = 4 * random_tensor(9, vocab_size)
-    logits_BV[::2] = logits_BV[::2].bfloat16().float()  # numbers that tie
-    logits_BV[1, ::3], logits_BV[2] = -math.inf, 3.0
-    token_B = torch.tensor([0, 1, 2, -1, vocab_size - 1, 5, 6, 7, 8])
-    for rows in (1, 2, 9):
-        assert_log_probabilities(logits_BV[:rows], token_B[:rows], n)
-
-
-@pytest.mark.parametrize(
-    "logits_V",
-    [
-        torch.tensor([1.0, math.nan, 2.0, math.nan]),
-        torch.tensor([1.0] * 200 + [math.nan]),
-        torch.tensor([1.0, math.inf, 2.0, math.inf]),
-        torch.tensor([math.inf, math.nan, 1.0]),
-        torch.full((300,), -math.inf),
-        torch.tensor([-math.inf] * 299 + [-5.0]),
-        torch.tensor([1e38, -1e38] * 100),
-        torch.tensor([-1e38] * 100),
-        torch.tensor([0.0, -0.0] * 70),
-        torch.linspace(0, -300, 5000),
-        torch.tensor([7.0]),
-    ],
-)
-def test_log_probabilities_of_extremes_are_the_plain_ones(logits_V, threads):
-    V = len(logits_V)
-    for token in {-1, 0, V // 2, V - 1}:
-        for n in {0, 1, min(3, V), min(20, V), V}:
-            assert_log_probabilities(logits_V.expand(2, -1), torch.tensor([token, 0]), n)
-
-
-def test_log_probabilities_do_not_depend_on_threads_and_other_rows():
-    logits_BV, token_B = 3 * random_tensor(9, 50_000), torch.arange(9)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        together = sampler.log_probabilities(logits_BV, token_B, 7)
-        torch.set_num_threads(1)
-        for row in range(9):
-            alone = sampler.log_probabilities(logits_BV[row : row + 1], token_B[row : row + 1], 7)
-            for own, whole in zip(alone, together, strict=True):
-                assert_same(own[0], whole[row])
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(
-    ("logits", "token", "n"),
-    [
-        (torch.zeros(1, 5, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64), 1),
-        (torch.zeros(1, 5), torch.zeros(1, dtype=torch.int32), 1),
-        (torch.zeros(1, 5), torch.zeros(2, dtype=torch.int64), 1),
-        (torch.zeros(1, 5), torch.tensor([5]), 1),
-        (torch.zeros(1, 5), torch.tensor([-2]), 1),
-        (torch.zeros(1, 5), torch.tensor([0]), 6),
-        (torch.zeros(1, 5), torch.tensor([0]), -1),
-    ],
-)
-def test_log_probabilities_refuse_other_tensors(logits, token, n):
-    with pytest.raises(ValueError, match="log_probabilities: "):
-        sampler.log_probabilities(logits, token, n)
-
-
-def test_the_plain_log_probabilities_serve_where_the_operations_do_not(monkeypatch):
-    logits, token = 3 * random_tensor(2, 500).double(), torch.tensor([4, -1])
-    for ours, theirs in zip(token_logprobs(logits, token, 3), log_probabilities(logits, token, 3), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    monkeypatch.setattr(sampler, "log_probabilities", lambda *_: pytest.fail("it is called"))
-    monkeypatch.setattr(cpu, "is_loaded", lambda: False)
-    token_logprobs(logits, token, 3)

@@ -7,8 +7,7 @@ from conftest import assert_near, assert_same, random_tensor
 
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import tiles
-from qwen3fast.kernels.cpu.dequantize import dequantized_linear
-from qwen3fast.kernels.cpu.ops import pack_scales, quantize_weight
+from qwen3fast.kernels.cpu.ops import dequantized_linear, pack_scales, quantize_weight
 from qwen3fast.kernels.cpu.structures import packed_linear
 from qwen3fast.quantization.formats import ALL_FORMATS, FORMATS, quantize
 from qwen3fast.quantization.fp8 import pack_fp8

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from ctypes import c_bool, c_double, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,9 +63,18 @@ def test_functions_have_the_types_of_the_header():
     rows, try_tiles, step = (
         getattr(cpu.library.functions(), f"qwen3fast_{n}") for n in ("quantized_rows", "try_tiles", "decode_step")
     )
-    assert (rows.restype, rows.argtypes) == (c_bool, [c_void_p, c_void_p, c_void_p, c_int64])
+    assert (rows.restype, rows.argtypes) == (c_bool, [c_void_p, c_void_p, c_void_p, c_int64, c_int64])
     assert (try_tiles.restype, try_tiles.argtypes) == (c_bool, [])
     assert (step.restype, step.argtypes) == (c_double, [c_void_p, c_int64, *[c_void_p] * 7, c_int64])
+
+
+def test_structures_have_the_fields_of_the_header():
+    found = library.structures()
+    numbers = [(name, c_int64) for name in ("N", "K", "bits", "span", "record")]
+    assert found["Linear"]._fields_ == [("weight", c_void_p), ("scale", c_void_p), *numbers, ("order", c_void_p)]
+    assert found["Sizes"]._fields_ == [*((name, c_int64) for name in "MEHKDS"), ("eps", c_float)]
+    kinds = dict(found["Layer"]._fields_)
+    assert (kinds["post_norm"], kinds["router"], kinds["cache"]) == (c_void_p, found["Linear"], found["Cache"])
 
 
 def test_a_library_without_a_function_is_refused():

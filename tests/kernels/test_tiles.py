@@ -12,8 +12,8 @@ from conftest import assert_near, random_tensor
 
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import building, levels, tiles
-from qwen3fast.kernels.cpu.dequantize import dequantized_linear
-from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, packed_linear
+from qwen3fast.kernels.cpu.ops import dequantized_linear
+from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, has_int8_tiles, packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
 from qwen3fast.quantization.formats import FORMATS, SAVED_FORMATS, SHORT_NL4, quantize
 from qwen3fast.quantization.uint4 import Layout
@@ -125,7 +125,7 @@ def test_int8_tiles_serve_weights_in_int8_and_the_others_are_multiplied_in_bfloa
     together = tiles.tile_linear(x, linears, Tiles.INT8).split(48, dim=-1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for name, linear, y in zip(names, linears, together, strict=True):
-        assert linear.has_int8_tiles == (name == "int8")
+        assert has_int8_tiles(linear) == (name == "int8")
         int8, plain = (tiles.tile_linear(x, [linear], kind) for kind in (Tiles.INT8, Tiles.BFLOAT16))
         assert torch.equal(y, int8) and torch.equal(int8, plain) == (name != "int8")
 
@@ -133,7 +133,7 @@ def test_int8_tiles_serve_weights_in_int8_and_the_others_are_multiplied_in_bfloa
 def test_int8_tiles_leave_other_numbers_of_channels_to_bfloat16():
     weight, x = quantize(random_tensor(32, 160), FORMATS["int8"]), random_tensor(33, 160).bfloat16()
     linear = packed_linear(*weight)
-    assert not linear.has_int8_tiles
+    assert not has_int8_tiles(linear)
     assert torch.equal(*(tiles.tile_linear(x, [linear], kind) for kind in (Tiles.INT8, Tiles.BFLOAT16)))
 
 

@@ -16,8 +16,7 @@ from qwen3fast import Generator, SamplingParams, load_model
 from qwen3fast.checkpoint.save import save_model
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.cpu import tiles
-from qwen3fast.kernels.cpu.dequantize import dequantized_linear
-from qwen3fast.kernels.cpu.ops import pack_scales
+from qwen3fast.kernels.cpu.ops import dequantized_linear, pack_scales
 from qwen3fast.kernels.cpu.structures import bfloat16_scales, packed_linear
 from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.quantization.formats import FORMATS, Packed, quantize

@@ -15,7 +15,7 @@ from qwen3fast.checkpoint.save import save_model
 from qwen3fast.checkpoint.stored_formats import main_format
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu.dequantize import dequantized_linear
+from qwen3fast.kernels.cpu.ops import dequantized_linear
 from qwen3fast.kernels.cpu.structures import NL4_TABLE, packed_linear
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.model.linears import linears

@@ -15,16 +15,16 @@ from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import tiles
-from qwen3fast.kernels.cpu.dequantize import dequantized_linear
-from qwen3fast.kernels.cpu.lossless import pack_lossless
-from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, packed_linear
+from qwen3fast.kernels.cpu.lossless import pack_lossless, packed_shape
+from qwen3fast.kernels.cpu.ops import dequantized_linear
+from qwen3fast.kernels.cpu.structures import CODED, RECORD, LinearPointers, Tiles, packed_linear
 from qwen3fast.model import rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
-from qwen3fast.quantization.convert import formats_of, quantize_model
+from qwen3fast.quantization.convert import formats_of, prepare_quantization, quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import ALL_FORMATS, Packed, quantize
 from qwen3fast.quantization.layers import QuantizedLinear
-from qwen3fast.quantization.lossless import pack_plainly, rows_lossless
+from qwen3fast.quantization.lossless import rows_lossless
 
 FORMAT = ALL_FORMATS["lossless"]
 SHAPES = [(16, 64), (48, 192), (32, 128), (304, 1024)]
@@ -38,6 +38,48 @@ def weight_with_exceptions(N, K):
         weight_NK[n, (k + n * (k == 5)) % K] = 10.0 ** (n % 9 - 4 - 20 * (k % 2))
     weight_NK[3] = 0
     return weight_NK
+
+
+def pack_plainly(weight_NK):
+    """The reference packer: a weight in bfloat16, (N, K), as the bytes that lossless.h describes."""
+    N, K = weight_NK.shape
+    coded = K // CODED * CODED
+    bits_NK = weight_NK[:, :coded].view(torch.int16).int() & 0xFFFF
+    exponent_NK = bits_NK >> 7 & 0xFF
+    base_N = bases(exponent_NK)
+    code_NK = torch.where(exponent_NK == 0, 0, exponent_NK - base_N[:, None])
+    is_exception_NK = (code_NK < 0) | (code_NK > 15) | ((code_NK == 0) & (exponent_NK != 0))
+    code_NK = code_NK.masked_fill(is_exception_NK, 0)
+    twelve_NK = code_NK | bits_NK >> 15 << 4 | (bits_NK & 0x7F) << 5
+    three, last = twelve_NK.view(N, -1, 4, CODED // 4).split([3, 1], dim=2)
+    shift = torch.tensor([0, 4, 8], device=weight_NK.device)[:, None]
+    words_NW = (three | (last >> shift & 15) << 12).flatten(1)
+    words_NW = torch.cat([int16(words_NW), weight_NK[:, coded:].view(torch.int16)], dim=1)
+
+    row, channel = is_exception_NK.nonzero().unbind(1)
+    count_N = is_exception_NK.sum(dim=1)
+    first_N = torch.arange(N, 0, -1, device=weight_NK.device) * (RECORD // 4) + count_N.cumsum(0) - count_N
+    records_N4 = torch.cat(
+        [first_N.int()[:, None].view(torch.int16), int16(torch.stack([count_N, base_N << 7], dim=1))], dim=1
+    )
+    exceptions = torch.stack([int16(channel), int16(bits_NK[row, channel])], dim=1)
+    scale = torch.cat([records_N4.flatten(), exceptions.flatten()]).view(torch.uint8)
+    return Packed(words_NW.contiguous().view(torch.uint8).view(packed_shape(N, K)), scale)
+
+
+def bases(exponent_NK):
+    """The exponent before the window that most numbers of each row are in, (N,); of equal ones the first."""
+    count_N256 = torch.zeros(len(exponent_NK), 256, dtype=torch.int64, device=exponent_NK.device)
+    count_N256.scatter_add_(1, exponent_NK.long(), torch.ones_like(exponent_NK, dtype=torch.int64))
+    total_N257 = F.pad(count_N256.cumsum(1), (1, 0))
+    inside = total_N257[:, 16:] - total_N257[:, 1:242]  # of exponents base + 1 to base + 15
+    most = inside.amax(dim=1, keepdim=True)
+    return (inside == most).int().argmax(dim=1)
+
+
+def int16(number):
+    """Numbers from 0 to 65535 as the 16 bits that they have."""
+    return torch.where(number < 2**15, number, number - 2**16).to(torch.int16)
 
 
 def assert_same_bits(actual, expected):
@@ -64,13 +106,15 @@ def test_both_packers_write_the_same_bytes(N, K):
         assert_same(pack_lossless(weight_NK), tuple(pack_plainly(weight_NK)))
 
 
+@in_cpp
 def test_rows_come_in_any_order():
     weight_NK = weight_with_exceptions(48, 192)
     for rows in ([7, 0, 47, 7, 3], []):
         row_R = torch.tensor(rows, dtype=torch.int64)
-        assert_same(rows_lossless(pack_plainly(weight_NK), row_R), weight_NK[row_R].float())
+        assert_same(rows_lossless(quantize(weight_NK, FORMAT), row_R), weight_NK[row_R].float())
 
 
+@in_cpp
 def test_usual_weights_take_12_bits():
     packed = quantize((0.02 * random_tensor(64, 4096)).bfloat16(), FORMAT)
     assert packed.weight.nbytes == 64 * 4096 * 12 / 8
@@ -187,6 +231,7 @@ def test_tiny_replies_with_the_same_tokens_and_logprobs():
     assert 0.7 < sizes[1] / sizes[0] < 0.85  # some channels of tiny's sizes are left over, which are stored as they are
 
 
+@in_cpp
 def test_layers_whose_channels_do_not_fit_stay_plain():
     model = randomized(small_config(hidden_size=64, intermediate_size=96, dtype=torch.bfloat16)).bfloat16()
     quantize_model(model, "lossless", torch.bfloat16)
@@ -195,6 +240,14 @@ def test_layers_whose_channels_do_not_fit_stay_plain():
     assert FORMAT.fits(16, 2**16 - 64) and not FORMAT.fits(16, 2**16)
 
 
+def test_without_the_operations_it_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "load", lambda: False)
+    with pytest.raises(ValueError, match=r"'lossless' needs the C\+\+ operations: install"):
+        load_model("tiny", quantization="lossless")
+    prepare_quantization("int8", torch.device("cpu"))
+
+
+@in_cpp
 def test_what_cannot_be_packed_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"packs bfloat16 weights, got torch\.float32; add dtype='bfloat16'"):
         load_model("tiny", dtype="float32", quantization="lossless")

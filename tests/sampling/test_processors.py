@@ -232,8 +232,10 @@ def test_count_token_counts_rows_that_advance_and_real_tokens():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [0, 1, 5, 20])
-def test_log_probabilities_are_those_of_log_softmax(dtype, n):
-    logits_BV = (random_tensor(4, 3001) * 8).to(dtype)
+@pytest.mark.parametrize("vocab_size", [3001, 3008])  # the latter in whole blocks
+def test_log_probabilities_are_those_of_log_softmax(dtype, n, vocab_size):
+    logits_BV = (random_tensor(4, vocab_size) * 8).to(dtype)
+    logits_BV[3, 1::2] = -math.inf
     token_B = torch.tensor([0, 3000, 17, 5])
     chosen_B, ids_BN, values_BN = log_probabilities(logits_BV, token_B, n)
     exact_BV = logits_BV.double().log_softmax(dim=-1)
@@ -251,6 +253,13 @@ def test_log_probabilities_do_not_overflow(scale):
     _, ids_B1, values_B1 = log_probabilities(logits_BV, torch.tensor([0, 1]), 1)
     assert_same(ids_B1[:, 0], logits_BV.argmax(-1))
     assert_near(values_B1, logits_BV.double().log_softmax(-1).amax(-1, keepdim=True))
+
+
+def test_log_probabilities_take_nan_for_the_largest_as_topk_does():
+    logits_BV = random_tensor(2, 640)
+    logits_BV[0, 100], logits_BV[1] = math.nan, -math.inf
+    _, ids_BN, values_BN = log_probabilities(logits_BV, torch.tensor([3, 4]), 3)
+    assert ids_BN[0, 0] == 100 and values_BN.isnan().all() and len(set(ids_BN[1].tolist())) == 3
 
 
 def test_log_probabilities_of_invalid_tokens_are_finite():

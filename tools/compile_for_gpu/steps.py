@@ -17,7 +17,7 @@ from compile_for_gpu.inspector import Inspector
 from compile_for_gpu.kernels import described
 from qwen3fast.engine.decode import decode_step
 from qwen3fast.engine.parts import Forward, Parts
-from qwen3fast.engine.prefill import Prefill, prefill_step, prefill_together
+from qwen3fast.engine.prefill import Prefill, prefill_together
 from qwen3fast.engine.state import DecodeState, LogprobState, ProcessorState
 from qwen3fast.kernels import cuda
 from qwen3fast.model import Qwen3, build_on_meta, rope_tables
@@ -82,7 +82,7 @@ def inspect(size: str, batch_size: int, context: int, quantization: str | None) 
 
         def prefill() -> None:
             prompt = Prefill.begin(0, [0] * min(CHUNK, context), 0, cache.allocated_len)
-            prefill_step(forward, prompt)
+            prefill_together(forward, [prompt])
 
         def prompts() -> None:
             rows = range(min(PROMPTS, batch_size))

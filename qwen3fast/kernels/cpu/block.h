@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "ops.h"
-#include "vec.h"
+#include "products.h"
 
 namespace {
 
@@ -32,15 +32,8 @@ inline void rotate(BFloat16* x, const float* cos, const float* sin, int64_t D) {
 inline void write_vector(const BFloat16* from, int64_t D, BFloat16* to, float*) { std::copy_n(from, D, to); }
 
 inline void write_vector(const BFloat16* from, int64_t D, int8_t* to, float* scale) {
-  Vec most = {}, poison = {};
-  for (int64_t d = 0; d < D; d += kLanes) {
-    const Vec x = load(from + d);
-    most = larger(most, size_of(x));
-    poison += x * 0;  // NaN where x is NaN or infinite, which a maximum may lose
-  }
-  const float size = largest(most), to_bytes = size > 0 ? 127.f / size : 0.f;
-  *scale = size / 127.f + sum(poison);
-  for (int64_t d = 0; d < D; d += kLanes) store(to + d, round_to_ints(load(from + d) * to_bytes));
+  int32_t totals[2];
+  *scale = quantize_group(from, D, to, totals);
 }
 
 }  // namespace

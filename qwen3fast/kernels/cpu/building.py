@@ -21,9 +21,9 @@ SOURCES = (
     "fp8.cpp",
     "lossless.cpp",
     "decode_layers.cpp",
+    "dequantize.cpp",
     "sampler.cpp",
     "processors.cpp",
-    "logprobs.cpp",
     "prefill_attention.cpp",
     "decode_attention.cpp",
     "matvec.cpp",
@@ -35,7 +35,7 @@ SOURCES = (
 )  # what takes longest first
 HEADERS = (
     *("vec.h", "parallel.h", "ops.h", "products.h", "attend.h", "block.h", "input.h"),
-    *("best.h", "sampler.h", "experts.h", "fp8.h", "lossless.h", "low_rank.h", "records.h", "tiles.h"),
+    *("sampler.h", "experts.h", "fp8.h", "lossless.h", "low_rank.h", "records.h", "tiles.h"),
 )
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 NEEDED = "g++ 11 or newer, or a clang++ with a standard library as new"  # for std::atomic::wait, -march=x86-64-v4

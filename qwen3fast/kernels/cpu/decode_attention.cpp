@@ -149,18 +149,12 @@ float write_query(const BFloat16* from, int64_t D, BFloat16* to) {
 
 float write_query(const BFloat16* from, int64_t D, int16_t* to) {
   constexpr float kMost = 32767, kLeast = 1e-30f;
-  Vec most = {}, poison = {};
-  for (int64_t d = 0; d < D; d += kLanes) {
-    const Vec x = load(from + d);
-    most = larger(most, size_of(x));
-    poison += x * 0;  // NaN where x is NaN or infinite, which a maximum may lose
-  }
-  const float size = largest(most), to_ints = size > kLeast ? kMost / size : 0.f;
+  const float size = largest_size(from, D), to_ints = size > kLeast ? kMost / size : 0.f;
   for (int64_t d = 0; d < D; d += kLanes) {
     const Ints ints = round_to_ints(load(from + d) * to_ints);
     for (int64_t i = 0; i < kLanes; i++) to[d + i] = static_cast<int16_t>(ints[i]);
   }
-  return size / kMost + sum(poison);
+  return size / kMost;
 }
 
 // Turns scores of a block into weights, exp(score - maximum), and makes the part ready for them.

@@ -217,7 +217,7 @@ bool embed(const Ends& ends, int64_t M, int64_t E, BFloat16* x) {
     if (token < 0 || token >= table.N || position < -1 || position >= ends.end) return false;
     if (table.bits == 16) std::copy_n(static_cast<const BFloat16*>(table.weight) + token * E, E, x + m * E);
   }
-  return table.bits == 16 || qwen3fast_quantized_rows(&table, ends.input, x, M);
+  return table.bits == 16 || qwen3fast_quantized_rows(&table, ends.input, x, M, 1);
 }
 
 // task: null for the blocks alone.

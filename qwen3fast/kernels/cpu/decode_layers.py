@@ -5,7 +5,7 @@ prompts, in one call; weights and cache must stay in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref
+from ctypes import Structure, addressof, byref
 from typing import NamedTuple
 
 import torch
@@ -229,9 +229,9 @@ class AdaptersOfLayers:
     """The addresses of adapters' matrices, which must stay in place. structure: `Adapters` of ops.h."""
 
     def __init__(self, matrices: Sequence[tuple[Tensor, Tensor]], slot_R: Tensor) -> None:
-        self._tensors = [tensor.detach() for pair in matrices for tensor in pair], slot_R  # keep the memory alive
         pairs = (LowRank * len(matrices))(*(LowRank(a.data_ptr(), b.data_ptr()) for a, b in matrices))
-        self.structure = Adapters(pairs, slot_R.data_ptr(), matrices[0][0].shape[1])
+        self._kept = pairs, [tensor.detach() for pair in matrices for tensor in pair], slot_R  # alive
+        self.structure = Adapters(addressof(pairs), slot_R.data_ptr(), matrices[0][0].shape[1])
 
 
 def table_pointers(name: str, D: int, *tables: Tensor) -> list[int]:
@@ -246,7 +246,7 @@ def _flat(layer: LayerTensors) -> list[Tensor]:
     return [x.detach() for x in (*layer.norms, *attention, *weights, *layer.cache) if x is not None]
 
 
-def _set_weights(layer: Layer, tensors: LayerTensors) -> None:
+def _set_weights(layer: Structure, tensors: LayerTensors) -> None:
     for name, weight in zip("qkvo", tensors.attention, strict=True):
         setattr(layer, name, weight_pointers(*weight))
     mlp = tensors.feed_forward
@@ -266,7 +266,7 @@ def _set_weights(layer: Layer, tensors: LayerTensors) -> None:
 
 def weight_pointers(
     weight: Tensor, scale: Tensor | None = None, order: Tensor | None = None, orders: tuple[int, ...] = ()
-) -> LinearPointers:
+) -> Structure:
     """Return a checked weight as ops.h describes it. orders: the number of orders, of experts."""
     if scale is not None:
         linear = packed_linear(weight, scale)
@@ -293,12 +293,12 @@ def norm_pointer(norm: Tensor, size: int) -> int:
     return address("decode_layers: norms", norm, torch.bfloat16, size, error=NotServedError)
 
 
-def has_whole_lanes(w: LinearPointers) -> bool:
+def has_whole_lanes(w: Structure) -> bool:
     is_whole: bool = w.N % LANES == 0 and w.K % (LANES if w.bits == 16 else GROUP) == 0
     return is_whole
 
 
-def _require_sizes(layer: Layer, s: Sizes) -> None:
+def _require_sizes(layer: Structure, s: Structure) -> None:
     """Check that weights fit each other; with the same input, all must be quantized, or none."""
     q, o, gate, down, router = layer.q, layer.o, layer.gate, layer.down, layer.router
     I, X = down.K, max(1, router.N)  # noqa: E741

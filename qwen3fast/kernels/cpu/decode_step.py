@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref
+from ctypes import Structure, byref
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
 )
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.sampler import sampling_pointers
-from qwen3fast.kernels.cpu.structures import Ends, LinearPointers, NotServedError, address, require
+from qwen3fast.kernels.cpu.structures import Ends, NotServedError, address, require
 
 
 class EndTensors(NamedTuple):
@@ -42,7 +42,7 @@ class StepTensors(NamedTuple):
     advance: Tensor
 
 
-def end_pointers(ends: EndTensors, E: int) -> tuple[LinearPointers, LinearPointers, int]:
+def end_pointers(ends: EndTensors, E: int) -> tuple[Structure, Structure, int]:
     """Return embedding, output projection and norm for blocks of this hidden size.
 
     Raises: NotServedError for other dtypes and sizes.

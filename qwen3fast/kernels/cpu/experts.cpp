@@ -12,7 +12,7 @@ constexpr int64_t kGrain = 1 << 15;  // multiplications that a thread is woken f
 }  // namespace
 
 bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const Linear* gate_up, const Linear* down,
-                                 BFloat16* y, int64_t N, int64_t C, int64_t X, int64_t threads) {
+                                 BFloat16* y, int64_t N, int64_t C, int64_t threads) {
   RoutedExperts routed;
   if (!routed.plan(expert, N, C, *gate_up, *down)) return false;
   threads = std::clamp<int64_t>(N * C * down->K * gate_up->K / kGrain, 1, threads);

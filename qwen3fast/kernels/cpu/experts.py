@@ -48,7 +48,7 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
     x_NE, expert_NC = x_NE.contiguous(), expert_NC.contiguous()
     y_NCE = x_NE.new_empty(*expert_NC.shape, E)
     pointers = (x_NE.data_ptr(), expert_NC.data_ptr(), byref(first), byref(second), y_NCE.data_ptr())
-    sizes = (N, expert_NC.shape[1], X, torch.get_num_threads())
+    sizes = (N, expert_NC.shape[1], torch.get_num_threads())
     if not functions().qwen3fast_quantized_experts(*pointers, *sizes):
         problem = f"a number of {expert_NC.tolist()} is not one of the {X} experts'"
         is_order = bool((expert_NC.clamp(0, X - 1) == expert_NC).all())

@@ -2,20 +2,11 @@
 
 #pragma once
 
-#include <bit>
-#include <cstdint>
-
 #include "vec.h"
 
 namespace {
 
-// A float32 with the same exponent and fraction is 2^120 times as small.
-inline float from_fp8(uint8_t byte) {
-  const uint32_t size = byte & 0x7f, bits = (byte & 0x80u) << 24 | size << 20;
-  return size == 0x7f ? __builtin_nanf("") : std::bit_cast<float>(bits) * 0x1p120f;
-}
-
-// Sixteen bytes, each in the lowest bits of a lane.
+// Sixteen bytes, each in the lowest bits of a lane. A float32 with the same exponent and fraction is 2^120 times as small.
 FORCE_INLINE Vec from_fp8(Bits byte) {
   const Bits size = byte & 0x7fu, bits = (byte & 0x80u) << 24 | size << 20;
   return select(size == 0x7fu, fill(__builtin_nanf("")), as<Vec>(bits) * 0x1p120f);

@@ -24,8 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from ctypes import c_bool, c_double, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 from .building import (
     FLAGS,
@@ -48,6 +49,7 @@ VERSION = len("ops-") + 16  # letters of a name: of a library built here, the ke
 UNUSED_S, ABANDONED_S = 30 * 24 * 3600, 24 * 3600
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 DECLARATION = re.compile(r"QWEN3FAST_API (\w+) (\w+)\((.*?)\);", re.DOTALL)  # in ops.h
+STRUCTURE = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.DOTALL | re.MULTILINE)  # the same
 TYPES = {"void": None, "bool": c_bool, "double": c_double, "int64_t": c_int64, "Tiles": c_int64}
 
 
@@ -158,6 +160,20 @@ def with_types(library: ctypes.CDLL) -> ctypes.CDLL:
         function.restype = TYPES[result]
         function.argtypes = [c_void_p if "*" in a else TYPES[a.split()[0]] for a in arguments.split(",") if a]
     return library
+
+
+def structures() -> dict[str, type[ctypes.Structure]]:
+    """Return the structures that ops.h declares, by name, with its fields; pointers are addresses."""
+    found: dict[str, type[ctypes.Structure]] = {}
+    for name, body in STRUCTURE.findall((FOLDER / "ops.h").read_text(encoding="utf-8")):
+        fields: list[tuple[str, Any]] = []
+        for declaration in re.sub("//.*", "", body).split(";")[:-1]:
+            kind, _, declared = declaration.strip().removeprefix("const ").partition(" ")
+            for field in declared.split(","):
+                of_kind = c_void_p if "*" in kind + field else {**TYPES, "float": c_float, **found}[kind]
+                fields.append((field.strip(" *"), of_kind))
+        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return found
 
 
 def _is_private(folder: Path) -> bool:

@@ -175,8 +175,3 @@ void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, in
   parallel_for(N, std::max<int64_t>(64, 16384 / K), threads,
                [&](int64_t n0, int64_t n1) { matvec_rows(x, M, weight, y, n0, n1, N, K); });
 }
-
-void qwen3fast_gated_linear(const BFloat16* x, const BFloat16* gate, const BFloat16* up, BFloat16* y, int64_t M, int64_t N,
-                            int64_t K, int64_t threads) {
-  gated_together(x, {gate, nullptr, N, K, 16, 0, 0, nullptr}, {up, nullptr, N, K, 16, 0, 0, nullptr}, y, M, threads);
-}

@@ -87,10 +87,6 @@ struct Sizes {
 QWEN3FAST_API void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, BFloat16* y, int64_t M, int64_t N,
                                     int64_t K, int64_t threads);
 
-// y = silu(x gate^T) * (x up^T), gate and up (N, K): M at least 8, N a multiple of 8.
-QWEN3FAST_API void qwen3fast_gated_linear(const BFloat16* x, const BFloat16* gate, const BFloat16* up, BFloat16* y,
-                                          int64_t M, int64_t N, int64_t K, int64_t threads);
-
 // y[m, n] as of qwen3fast_linear, for any M and packed weights of the same K; y (M, all N together) holds their results side by side.
 QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y,
                                               int64_t M, int64_t threads);
@@ -110,8 +106,9 @@ QWEN3FAST_API bool qwen3fast_try_tiles();
 // Has attention of prefill multiply by tiles, or not (as at first).
 QWEN3FAST_API void qwen3fast_use_tiles(bool are_used);
 
-// y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false, with y unfinished, for a row that there is not.
-QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R);
+// y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false for a row that there is not.
+QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R,
+                                            int64_t threads);
 
 // Quantizes a weight (N, K), N a multiple of 16 and K of 32, to 8 or 4 bits: see quantized.cpp for packed and scale.
 QWEN3FAST_API void qwen3fast_quantize_weight(const BFloat16* weight, int64_t N, int64_t K, int64_t bits, uint8_t* packed,
@@ -133,7 +130,7 @@ QWEN3FAST_API void qwen3fast_pack_lossless(const BFloat16* weight, int64_t N, in
 // X weights (2I, E) one below the other, gate before up; down X weights (E, I); both packed. Returns
 // false, with y unfinished, for an expert that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_experts(const BFloat16* x, const int64_t* expert, const Linear* gate_up,
-                                               const Linear* down, BFloat16* y, int64_t N, int64_t C, int64_t X,
+                                               const Linear* down, BFloat16* y, int64_t N, int64_t C,
                                                int64_t threads);
 
 // q (B, 1, H, D), position (B,) -> y (B, H, 1, D). D a multiple of 32.
@@ -170,11 +167,6 @@ QWEN3FAST_API double qwen3fast_decode_step(const Layer* layers, int64_t count, c
 // null for greedy.
 QWEN3FAST_API void qwen3fast_sample(const float* logits, const Sampling* sampling, int64_t* token, int64_t M, int64_t V,
                                     int64_t threads);
-
-// Log-probabilities under logits (M, V): of token (M,), below V, in chosen (M,), 0 for -1; in ids and values (M, n), n up to V,
-// the most likely tokens, in descending order, of equal ones the first.
-QWEN3FAST_API void qwen3fast_log_probabilities(const float* logits, const int64_t* token, float* chosen, int64_t* ids,
-                                               float* values, int64_t M, int64_t V, int64_t n, int64_t threads);
 
 // y (M, V): the logits (M, V) after penalties, bias and mask.
 QWEN3FAST_API void qwen3fast_process_logits(const float* logits, const Processing* rows, float* y, int64_t M, int64_t V,

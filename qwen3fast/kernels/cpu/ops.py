@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels.cpu import tiles
-from qwen3fast.kernels.cpu.dequantize import dequantized_linear
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.structures import (
     LANES,
-    MANY_ROWS,
     LinearPointers,
     RowLimits,
     address,
@@ -48,31 +46,6 @@ def linear(x: Tensor, weight_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
     return y
 
 
-def gated_linear(x: Tensor, gate_NK: Tensor, up_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
-    """Return silu(x @ gate.T) * (x @ up.T), (..., N) bfloat16. x: (..., K) bfloat16. limits: as in `linear`.
-
-    One pass over the weights, where their C++ form with many rows serves; otherwise two products.
-    """
-    N, K, at = len(gate_NK), x.shape[-1], RowLimits(*limits)
-    rows = x.numel() // K
-    weights = (gate_NK, up_NK)
-    is_one_pass = MANY_ROWS <= rows < min(at) and N % 8 == K % LANES == 0 and gate_NK.shape == up_NK.shape == (N, K)
-    if not (is_one_pass and all(w.is_contiguous() and w.dtype == x.dtype == torch.bfloat16 for w in weights)):
-        return F.silu(linear(x, gate_NK, limits)) * linear(x, up_NK, limits)
-    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
-    pointers = (tensor.data_ptr() for tensor in (x, *weights, y))
-    functions().qwen3fast_gated_linear(*pointers, rows, N, K, torch.get_num_threads())
-    return y
-
-
-def _linear_shape(x: Tensor, weight: Tensor, limits: Sequence[int] = ()) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _gated_linear_shape(x: Tensor, gate: Tensor, up: Tensor, limits: Sequence[int] = ()) -> Tensor:
-    return _linear_shape(x, gate)
-
-
 def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limits: Sequence[int] = ()) -> Tensor:
     """Return x @ weight.T for packed weights of the same K, in any formats, side by side. x: (..., K) bfloat16.
 
@@ -100,8 +73,17 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limit
     return y
 
 
-def _quantized_linear_shape(x: Tensor, packed: list[Tensor], scale: list[Tensor], limits: Sequence[int] = ()) -> Tensor:
-    return x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed)))
+def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Return x @ weight.T, (..., N) bfloat16, by PyTorch's product, with activations that are not quantized.
+
+    The weight is written out first, which costs as much for one row as for many. Scales of rows multiply the product:
+    the levels of int8, and the numbers of fp8, are exact in bfloat16.
+    x: (..., K) bfloat16; packed, scale: see `packed_linear`.
+    """
+    N = packed.shape[0] * LANES
+    is_last = scale.dtype == torch.float32 and scale.shape in ((N,), (N, 1))
+    y = F.linear(x, quantized_rows(packed, torch.ones_like(scale) if is_last else scale, torch.arange(N)))
+    return (y.float() * scale.flatten()).to(torch.bfloat16) if is_last else y
 
 
 def quantize_weight(weight_NK: Tensor, packed: Tensor, scale: Tensor) -> None:
@@ -134,7 +116,8 @@ def quantized_rows(packed: Tensor, scale: Tensor, row_R: Tensor) -> Tensor:
     linear = packed_linear(packed, scale)
     require(row_R.dtype == torch.int64 and row_R.dim() == 1, "quantized_rows: row must be (R,) int64")
     row_R, y_RK = row_R.contiguous(), torch.empty(len(row_R), linear.K, dtype=torch.bfloat16, device="cpu")
-    if not functions().qwen3fast_quantized_rows(byref(linear), row_R.data_ptr(), y_RK.data_ptr(), len(row_R)):
+    pointers = (byref(linear), row_R.data_ptr(), y_RK.data_ptr())
+    if not functions().qwen3fast_quantized_rows(*pointers, len(row_R), torch.get_num_threads()):
         raise ValueError(f"quantized_rows: a row of {row_R.tolist()} is not one of the weight's {linear.N}")
     return y_RK
 
@@ -165,18 +148,21 @@ def decode_attention(
     return y_BH1D
 
 
-def _decode_attention_shape(q: Tensor, *others: Tensor | None) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[2], 1, q.shape[3]))
-
-
 _CACHE = "Tensor q, Tensor k, Tensor v, Tensor position, Tensor? k_scale=None, Tensor? v_scale=None"
 _LIMITS = "int[] limits=[]"
-define(f"linear(Tensor x, Tensor weight, {_LIMITS}) -> Tensor", linear, _linear_shape)
-define(f"gated_linear(Tensor x, Tensor gate, Tensor up, {_LIMITS}) -> Tensor", gated_linear, _gated_linear_shape)
+define(
+    f"linear(Tensor x, Tensor weight, {_LIMITS}) -> Tensor",
+    linear,
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
 define(
     f"quantized_linear(Tensor x, Tensor[] packed, Tensor[] scale, {_LIMITS}) -> Tensor",
     quantized_linear,
-    _quantized_linear_shape,
+    lambda x, packed, *_: x.new_empty((*x.shape[:-1], sum(p.shape[0] * p.shape[2] for p in packed))),
 )
 define("quantized_rows(Tensor packed, Tensor scale, Tensor row) -> Tensor", quantized_rows, None)
-define(f"decode_attention({_CACHE}) -> Tensor", decode_attention, _decode_attention_shape)
+define(
+    f"decode_attention({_CACHE}) -> Tensor",
+    decode_attention,
+    lambda q, *_: q.new_empty((q.shape[0], q.shape[2], 1, q.shape[3])),
+)

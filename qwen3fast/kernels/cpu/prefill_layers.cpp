@@ -105,7 +105,7 @@ void add_experts(Pass& p, const Layer& layer) {
     for (int64_t m = begin; m < end; m++)
       choose_experts(&p.logits[m * X], X, C, layer.renormalizes, &p.expert[m * C], &p.share[m * C]);
   });
-  qwen3fast_quantized_experts(p.normed.data(), p.expert.data(), &layer.gate, &layer.down, p.each.data(), M, C, X, p.threads);
+  qwen3fast_quantized_experts(p.normed.data(), p.expert.data(), &layer.gate, &layer.down, p.each.data(), M, C, p.threads);
   parallel_for(M, 4, p.threads, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) add_chosen(&p.each[m * C * E], &p.share[m * C], C, E, 0, E, p.x + m * E);
   });

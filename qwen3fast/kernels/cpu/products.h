@@ -25,6 +25,9 @@ constexpr int64_t kManyRows = 8;  // of x, from which lanes are rows in bfloat16
 inline bool is_fp8(const Linear& weight) { return weight.bits == 8 && weight.span; }
 inline bool has_row_scales(const Linear& weight) { return weight.record == kLanes * int64_t{sizeof(float)}; }
 
+// Whether a weight's scales are of rows, and multiply sums over all channels.
+inline bool has_last_scales(const Linear& weight) { return weight.bits == 8 && (!weight.span || has_row_scales(weight)); }
+
 // Whether a weight in int4 has its scales in bytes.
 inline bool has_byte_scales(const Linear& weight) { return weight.bits == 4 && !weight.span && weight.record; }
 
@@ -100,7 +103,11 @@ void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFl
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,
                    int64_t width);
 
-// The same for weights in fp8. x: (M, K).
+// Dequantizes a block of a weight that is not lossless into pairs of neighboring channels: K/2 lines, `stride` pairs apart, of
+// 16 rows side by side. Scales that come last are left out: levels of 8 bits, and numbers of fp8, are exact in bfloat16.
+void dequantize(const Linear& weight, int64_t block, uint32_t* pairs, int64_t stride);
+
+// The same as packed_blocks for weights in fp8. x: (M, K).
 void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end, int64_t width);
 
 namespace {
@@ -160,13 +167,7 @@ alignas(16) constexpr uint8_t kLookedUp[] = {1, 24, 45, 63, 79, 93, 106, 118, 12
 // Quantizes `count` numbers, a multiple of 32, with one scale, which it returns: NaN if a number is not finite. totals: sums
 // of the levels, of every other 16 from the first, and from the second 16 on.
 inline float quantize_group(const BFloat16* x, int64_t count, int8_t* levels, int32_t* totals) {
-  Vec size = {}, poison = {};  // NaN where x is NaN or infinite, which a maximum may lose
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec numbers = load(x + i);
-    size = larger(size_of(numbers), size);
-    poison += numbers * 0;
-  }
-  const float most = largest(size), to_levels = most > 0 ? 127.f / most : 0.f;
+  const float most = largest_size(x, count), to_levels = most > 0 ? 127.f / most : 0.f;
   Ints sums[2] = {};
   for (int64_t i = 0; i < count; i += kLanes) {
     const Ints level = round_to_ints(load(x + i) * to_levels);
@@ -174,7 +175,7 @@ inline float quantize_group(const BFloat16* x, int64_t count, int8_t* levels, in
     sums[i / kLanes % 2] += level;
   }
   for (int i = 0; i < 2; i++) totals[i] = ::sum(sums[i]);
-  return most / 127.f + ::sum(poison);
+  return most / 127.f;
 }
 
 // Puts up to 16 rows of x into pairs of neighboring channels: K/2 lines, `width` numbers of 32 bits apart, with a pair per

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,28 +21,11 @@ constexpr double kRanges[] = {1.0, 1.06, 0.94, 0.88, 0.82, 0.76};
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // The largest power of two that is not above x, or 0; x: not negative.
-float power_of_two(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits &= 0x7f800000u;
-  std::memcpy(&x, &bits, sizeof bits);
-  return x;
-}
-
-// The largest size of a row's numbers; NaN if one of them is NaN or infinite.
-float largest_of_row(const BFloat16* row, int64_t K) {
-  Vec most = {}, poison = {};
-  for (int64_t k = 0; k < K; k += kLanes) {
-    const Vec x = load(row + k);
-    most = larger(most, size_of(x));
-    poison += x * 0;  // NaN where x is none, which a maximum may lose
-  }
-  return sum(poison) == 0 ? std::abs(largest(most)) : kNaN;  // no -0
-}
+float power_of_two(float x) { return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0x7f800000u); }
 
 // One row; lane: its place in the block.
 void quantize_row_to_8(const BFloat16* row, int64_t K, int64_t lane, uint8_t* packed, float* scale) {
-  const float unit = largest_of_row(row, K) / 127.f;
+  const float unit = largest_size(row, K) / 127.f;
   *scale = unit;
   const Vec divisor = fill(std::max(unit, 1e-30f));
   for (int64_t k = 0; k < K; k += kLanes) {
@@ -65,10 +49,7 @@ FORCE_INLINE Vec squared_error(Ints level, Vec scale, Vec x) {
 
 // The nearest number with a fraction of 3 bits, as scales in bytes have; not smaller than `least`, a power of two.
 float short_scale(float scale, float least) {
-  uint32_t bits;
-  std::memcpy(&bits, &scale, sizeof bits);
-  bits = (bits + 0x80000u) & 0xfff00000u;
-  std::memcpy(&scale, &bits, sizeof bits);
+  scale = std::bit_cast<float>((std::bit_cast<uint32_t>(scale) + 0x80000u) & 0xfff00000u);
   return std::copysign(std::max(std::abs(scale), least), scale);
 }
 
@@ -120,7 +101,7 @@ void qwen3fast_quantize_weight(const BFloat16* weight, int64_t N, int64_t K, int
         quantize_row_to_8(row, K, lane, bytes, static_cast<float*>(scale) + n);
         continue;
       }
-      const float most = largest_of_row(row, K);
+      const float most = largest_size(row, K);
       const float least = std::isnan(most) ? 0.f : power_of_two(most / 65536.f);  // bytes span 15 powers of two
       for (int64_t g = 0; g < groups; g++)
         static_cast<BFloat16*>(scale)[(block * groups + g) * kLanes + lane] =

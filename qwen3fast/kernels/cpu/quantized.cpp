@@ -1,4 +1,4 @@
-// Products with weights in 8 or 4 to 6 bits, and a token embedding in the same layout.
+// Products with weights in 8 or 4 to 6 bits. Token embeddings have the same layout; dequantize.cpp reads their rows.
 //
 // Several weights with the same input (query, key and value; gate and up) go in one call: x is quantized once, threads are
 // woken once, and y holds their results side by side.
@@ -38,7 +38,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "fp8.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -57,56 +56,6 @@ constexpr bool has_minimums(Kind kind) { return kind == kUint4 || kind == kUint5
 template <Kind kKind>
 using ScaleReader =
     std::conditional_t<kKind == kByteScales, ByteScales, std::conditional_t<has_signed_scales(kKind), SignedScales, Records>>;
-
-// What the levels of a unit stand for: (level - zero) * scale - minimum; of fp8, number * scale.
-struct GroupScale {
-  int zero;
-  float scale, minimum;
-};
-
-// Unit g of row `lane` of a block.
-GroupScale group_scale(const Linear& weight, int64_t block, int64_t lane, int64_t g) {
-  if (is_fp8(weight)) {
-    const auto* scale = static_cast<const float*>(weight.scale);
-    const int64_t spans = (weight.K + weight.span - 1) / weight.span;
-    return {0, scale[has_row_scales(weight) ? block * kLanes + lane : block * spans + g * kGroup / weight.span], 0};
-  }
-  if (weight.bits == 8) return {128, static_cast<const float*>(weight.scale)[block * kLanes + lane], 0};
-  if (weight.bits == 6 || is_looked_up(weight)) {
-    const int64_t spans = weight.K / weight.span, in_record = weight.span / unit_of(weight.bits);
-    const auto* record = static_cast<const uint8_t*>(weight.scale) + (block * spans + g / in_record) * weight.record;
-    const float d = load(reinterpret_cast<const Float16*>(record))[lane];
-    const bool has_one = weight.record == 2 * kLanes;
-    const int s = has_one ? 1 : static_cast<int8_t>(record[(2 + g % in_record) * kLanes + lane]);
-    return {weight.bits == 6 ? 32 : 128, d * static_cast<float>(s), 0};
-  }
-  const int64_t G = weight.K / kGroup, groups = weight.span / kGroup;  // in a record
-  if (has_byte_scales(weight)) {
-    ByteScales scales;
-    scales.start(weight, block);
-    return {8, scales.read(g)[lane] * scales.units()[lane], 0};
-  }
-  if (!weight.span) return {8, static_cast<const BFloat16*>(weight.scale)[(block * G + g) * kLanes + lane], 0};
-  const uint8_t* record = static_cast<const uint8_t*>(weight.scale) + (block * G / groups + g / groups) * weight.record;
-  const float d = load(reinterpret_cast<const Float16*>(record))[lane];
-  if (weight.record == kZeroRecord) return {record[2 * kLanes + lane], d, 0};
-  const float dmin = load(reinterpret_cast<const Float16*>(record + 2 * kLanes))[lane];
-  const uint8_t* levels = record + 4 * kLanes;
-  const int64_t i = g % groups;
-  if (!is_short(weight)) return {0, d * levels[i * 2 * kLanes + lane], dmin * levels[(i * 2 + 1) * kLanes + lane]};
-  const int first = levels[i * kLanes + lane], low = levels[(8 + i % 4) * kLanes + lane] >> (i / 4 * 4) & 15;
-  return {0, d * static_cast<float>(first & 63), dmin * static_cast<float>(low | first >> 6 << 4)};
-}
-
-// Level k of the row whose bytes in the first line of a block begin at `bytes`.
-int level_at(const Linear& weight, const uint8_t* bytes, int64_t k) {
-  const int64_t unit = unit_of(weight.bits), four = k % unit / 4;
-  const auto in_line = [&](int64_t i) { return bytes[(k / unit * lines_of(weight.bits) + i) * kLanes * 4 + k % 4]; };
-  if (weight.bits == 8) return in_line(four);
-  const int low = in_line(four / 2) >> (four % 2 * 4) & 15, more = static_cast<int>(weight.bits) - 4;
-  if (is_looked_up(weight)) return kLookedUp[low];
-  return more ? low | (in_line(unit / 8) >> (four * more) & ((1 << more) - 1)) << 4 : low;
-}
 
 // Whether scales are read from their records once for all tiles of the same blocks. A single block's tiles each read them.
 constexpr bool has_read_scales(Kind kind, int blocks) { return kind >= kUint4 && blocks > 1; }
@@ -335,26 +284,4 @@ void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_
       first += blocks;
     }
   }, parts_for(M));
-}
-
-bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R) {
-  const int64_t K = weight->K, unit = unit_of(weight->bits);
-  for (int64_t r = 0; r < R; r++) {
-    const int64_t n = row[r], block = n / kLanes, lane = n % kLanes;
-    if (n < 0 || n >= weight->N) return false;
-    if (is_lossless(*weight)) {
-      unpack_row(*weight, n, y + r * K);
-      continue;
-    }
-    const auto* bytes = static_cast<const uint8_t*>(weight->weight) + weight_bytes(*weight, block * kLanes) + lane * 4;
-    for (int64_t g = 0; g < K / unit; g++) {
-      const auto [zero, scale, minimum] = group_scale(*weight, block, lane, g);
-      for (int64_t k = g * unit; k < (g + 1) * unit; k++) {
-        const int level = level_at(*weight, bytes, k);
-        const float number = is_fp8(*weight) ? from_fp8(static_cast<uint8_t>(level)) : static_cast<float>(level - zero);
-        y[r * K + k] = BFloat16(number * scale - minimum);
-      }
-    }
-  }
-  return true;
 }

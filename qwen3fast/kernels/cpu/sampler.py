@@ -1,12 +1,12 @@
-"""`qwen3fast_sample`, `qwen3fast_process_logits` and `qwen3fast_log_probabilities` of ops.h: tokens of rows of logits.
+"""`qwen3fast_sample` and `qwen3fast_process_logits` of ops.h: tokens of rows of logits.
 
-B rows   V vocabulary   N most likely tokens   W words of 32 bits, ceil(V / 32)
+B rows   V vocabulary   W words of 32 bits, ceil(V / 32)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref
+from ctypes import Structure, byref
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Tensor] | None) -> Tensor:
     return token_B
 
 
-def sampling_pointers(rows: Sequence[Tensor], count: int) -> SamplingPointers:
+def sampling_pointers(rows: Sequence[Tensor], count: int) -> Structure:
     """Return the addresses of the fields of `SamplerRows`, (count,) each. Raises: ValueError for other tensors."""
     fields = zip(SamplingPointers._fields_, rows, _SAMPLING, strict=True)
     return SamplingPointers(*(address(f"sample: {field[0]}", x, dtype, count) for field, x, dtype in fields))
@@ -53,27 +53,6 @@ def process_logits(logits_BV: Tensor, rows: Sequence[Tensor]) -> Tensor:
         logits_BV.data_ptr(), byref(pointers), y_BV.data_ptr(), B, V, torch.get_num_threads()
     )
     return y_BV
-
-
-def log_probabilities(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the result of `log_probabilities` in sampling/processors.py.
-
-    logits_BV: float32. token_B: int64, from -1 to V - 1. n: from 0 to V; of equal logits, the first are taken first.
-    Raises: ValueError for other tensors, or another n.
-    """
-    B, V = _shape("log_probabilities", logits_BV)
-    require(
-        token_B.dtype == torch.int64 and token_B.device.type == "cpu" and token_B.shape == (B,) and 0 <= n <= V,
-        "log_probabilities: token must be (B,) int64, on the CPU, and n from 0 to V",
-    )
-    require(B == 0 or -1 <= int(token_B.min()) <= int(token_B.max()) < V, "log_probabilities: no such token")
-    logits_BV, token_B = logits_BV.contiguous(), token_B.contiguous()
-    chosen_B = torch.empty(B, dtype=torch.float32, device="cpu")
-    id_BN = torch.empty(B, n, dtype=torch.int64, device="cpu")
-    value_BN = torch.empty(B, n, dtype=torch.float32, device="cpu")
-    pointers = (tensor.data_ptr() for tensor in (logits_BV, token_B, chosen_B, id_BN, value_BN))
-    functions().qwen3fast_log_probabilities(*pointers, B, V, n, torch.get_num_threads())
-    return chosen_B, id_BN, value_BN
 
 
 def _shape(name: str, logits_BV: Tensor) -> tuple[int, int]:

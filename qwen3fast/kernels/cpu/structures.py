@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import Structure
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.library import structures
+
+# `Linear`, `Sampling` and `Processing` of ops.h are of pointers; the others have the same names there.
+_declared = structures()
+LinearPointers, SamplingPointers, ProcessingPointers = (_declared[n] for n in ("Linear", "Sampling", "Processing"))
+Cache, Layer, LowRank, Adapters, Ends, Sizes = (
+    _declared[name] for name in ("Cache", "Layer", "LowRank", "Adapters", "Ends", "Sizes")
+)
 LANES = 16  # channels are processed in vectors of this many
 GROUP = 32  # channels that share a scale
 MANY_ROWS = 8  # of products in bfloat16, from which rows are lanes, see linear.cpp
@@ -58,79 +65,9 @@ class RowLimits(NamedTuple):
         return Tiles.BFLOAT16 if rows >= self.tiles else Tiles.INT8 if rows >= self.int8_tiles else Tiles.NONE
 
 
-class LinearPointers(ctypes.Structure):
-    """`Linear` of ops.h."""
-
-    _fields_ = [
-        ("weight", c_void_p),
-        ("scale", c_void_p),
-        *((n, c_int64) for n in ("N", "K", "bits", "span", "record")),
-        ("order", c_void_p),
-    ]
-
-    @property
-    def has_int8_tiles(self) -> bool:
-        """Return whether `Tiles.INT8` multiplies this weight in int8."""
-        return bool(self.bits == 8 and self.span == 0 and self.K % 64 == 0)
-
-
-class Cache(ctypes.Structure):
-    """`Cache` of ops.h."""
-
-    _fields_ = [(name, c_void_p) for name in ("keys", "values", "key_scale", "value_scale")]
-
-
-class Layer(ctypes.Structure):
-    """`Layer` of ops.h."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
-        *((name, LinearPointers) for name in ("q", "k", "v", "o", "gate", "up", "down", "router")),
-        *((name, c_int64) for name in ("chosen", "renormalizes")),
-        ("cache", Cache),
-    ]
-
-
-class LowRank(ctypes.Structure):
-    """`LowRank` of ops.h."""
-
-    _fields_ = [("a", c_void_p), ("b", c_void_p)]
-
-
-class Adapters(ctypes.Structure):
-    """`Adapters` of ops.h."""
-
-    _fields_ = [("weights", ctypes.POINTER(LowRank)), ("slot", c_void_p), ("rank", c_int64)]
-
-
-class SamplingPointers(ctypes.Structure):
-    """`Sampling` of ops.h."""
-
-    _fields_ = [(name, c_void_p) for name in ("temperature", "top_k", "top_p", "min_p", "seed", "step")]
-
-
-class ProcessingPointers(ctypes.Structure):
-    """`Processing` of ops.h."""
-
-    _fields_ = [
-        (name, c_void_p) for name in ("repetition", "presence", "frequency", "in_prompt", "count", "bias", "allowed")
-    ]
-
-
-class Ends(ctypes.Structure):
-    """`Ends` of ops.h."""
-
-    _fields_ = [
-        *((name, LinearPointers) for name in ("embedding", "head")),
-        *((name, c_void_p) for name in ("norm", "input", "position", "output", "step", "advance")),
-        ("end", c_int64),
-    ]
-
-
-class Sizes(ctypes.Structure):
-    """`Sizes` of ops.h."""
-
-    _fields_ = [*((name, c_int64) for name in "MEHKDS"), ("eps", c_float)]
+def has_int8_tiles(linear: Structure) -> bool:
+    """Return whether `Tiles.INT8` multiplies this weight in int8."""
+    return bool(linear.bits == 8 and linear.span == 0 and linear.K % 64 == 0)
 
 
 class NotServedError(ValueError):
@@ -155,7 +92,7 @@ def address(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int, error: t
     return tensor.data_ptr()
 
 
-def packed_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
+def packed_linear(packed: Tensor, scale: Tensor) -> Structure:
     """Return packed weights as quantized.cpp, fp8.cpp and lossless.h describe them.
 
     Raises: ValueError for tensors that are not.
@@ -208,7 +145,7 @@ def in_features_of(packed: Tensor) -> int:
     return groups * CODED + rest
 
 
-def _lossless_linear(packed: Tensor, scale: Tensor) -> LinearPointers:
+def _lossless_linear(packed: Tensor, scale: Tensor) -> Structure:
     N, K = packed.shape[0] * LANES, in_features_of(packed)
     require(
         K % (CODED // 2) == 0
@@ -288,7 +225,7 @@ def bfloat16_scales(scale: Tensor) -> Tensor:
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
-def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RKS: Tensor | None) -> Cache:
+def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RKS: Tensor | None) -> Structure:
     """Return keys and values of one layer.
 
     Raises: ValueError for tensors that are not as ops.h describes them.
@@ -307,7 +244,7 @@ def cache(k_RKSD: Tensor, v_RKSD: Tensor, k_scale_RKS: Tensor | None, v_scale_RK
 
 def checked_cache(
     name: str, q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
-) -> ctypes.Structure:
+) -> Structure:
     require(q.dtype == torch.bfloat16, f"{name}: q must be bfloat16")
     require(k.shape[3] == q.shape[3] and q.shape[2] % k.shape[1] == 0, f"{name}: q must fit the cache's heads")
     try:

@@ -22,11 +22,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "fp8.h"
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
-#include "records.h"
 #include "tiles.h"
 
 #if QWEN3FAST_HAS_AMX
@@ -43,8 +41,8 @@ namespace {
 
 constexpr int64_t kTwo = 2 * kTileRows;  // rows of each side that are multiplied at a time: 2 x 2 tiles
 constexpr int64_t kSpan = 256;           // channels of x that share a scale in int8
-// Pairs of neighboring channels, one per row of what they come from: K/2 lines of 16 or 32. A Bits is half a line, or one.
-typedef std::vector<Bits> Pairs;
+// Pairs of neighboring channels, one per row of what they come from: K/2 lines of 16 or 32.
+typedef Lines<uint32_t> Pairs;
 
 // Rows of x in int8: value = scale * level, one scale per row and kSpan channels. offset: the amount that the zero point of
 // weights adds. levels: tiles of 16 rows and 64 channels, 16 rows after 16 rows. K: a multiple of 64.
@@ -87,65 +85,20 @@ std::vector<Panel> panels_of(const Linear* weights, int64_t count, BFloat16* y) 
   return panels;
 }
 
-// Dequantizes block `j` of a panel into pairs; in 8 bits, without the scales of rows.
-void dequantize(const Panel& panel, int64_t j, Bits* pairs) {
-  const Linear& weight = *panel.weight;
-  const int bits = static_cast<int>(weight.bits);
-  const int64_t block = panel.block + j, unit = unit_of(bits), lines = lines_of(bits), G = weight.K / unit;
-  const auto* w = static_cast<const uint8_t*>(weight.weight) + block * G * lines * kTileBytes;
-  const bool has_table = is_looked_up(weight), is_signed = bits == 6 || has_table;  // with scales that have a sign
-  const bool has_minimums = bits < 6 && weight.span && !is_signed, has_blocks = is_fp8(weight) && !has_row_scales(weight);
-  const auto* of_blocks = static_cast<const float*>(weight.scale) + (has_blocks ? block * ((weight.K - 1) / weight.span + 1) : 0);
-  Records records;
-  ByteScales byte_scales;
-  SignedScales signed_scales;
-  if (has_minimums) records.start(weight, block);
-  if (has_byte_scales(weight)) byte_scales.start(weight, block);
-  if (is_signed) signed_scales.start(weight, block);
-  Vec scale = fill(1), minimum = fill(128);
-  Bits* out = pairs + j;
-  for (int64_t g = 0; g < G; g++, w += lines * kTileBytes) {
-    if (has_blocks) scale = fill(of_blocks[g * kGroup / weight.span]);
-    if (has_minimums) {
-      records.read(scale, minimum);
-    } else if (is_signed) {
-      scale = signed_scales.read();
-      minimum = (bits == 6 ? 32 : 128) * scale;
-    } else if (bits == 4) {
-      scale = has_byte_scales(weight) ? byte_scales.read(g) * byte_scales.units()
-                                      : load(static_cast<const BFloat16*>(weight.scale) + (block * G + g) * kLanes);
-      minimum = 8 * scale;
-    }
-    const Bits high = load_as<Bits>(w + (lines - 1) * kTileBytes);
-    for (int four = 0; four < unit / 4; four++) {
-      Bits levels = levels_of(bits, load_as<Bits>(w + (bits == 8 ? four : four / 2) * kTileBytes), high, four);
-      if (has_table) levels = look_up(kLookedUp, levels);
-      for (int shift = 0; shift < 32; shift += 16) {
-        const auto number = [&](int at) {
-          const Bits level = levels >> at & 255u;
-          return is_fp8(weight) ? from_fp8(level) * scale : convert<Vec>(as<Ints>(level)) * scale - minimum;
-        };
-        *out = as_bfloat16(number(shift), number(shift + 8));
-        out += panel.blocks;
-      }
-    }
-  }
-}
-
 // All rows of x with a panel of packed weights. rest: the rows beyond the last 32, filled up by zeros to 32.
-void packed_panel(const Panel& panel, const BFloat16* x, const BFloat16* rest, int64_t M, int64_t width, Bits* pairs) {
+void packed_panel(const Panel& panel, const BFloat16* x, const BFloat16* rest, int64_t M, int64_t width, uint32_t* pairs) {
   const Linear& weight = *panel.weight;
-  const bool has_last_scales = weight.bits == 8 && (!weight.span || has_row_scales(weight));
-  for (int64_t j = 0; j < panel.blocks; j++) dequantize(panel, j, pairs);
+  const int64_t columns = panel.blocks * kLanes;
+  for (int64_t j = 0; j < panel.blocks; j++) dequantize(weight, panel.block + j, pairs + j * kLanes, columns);
   alignas(64) float results[kTwo * kTwo];
   for (int64_t m0 = 0; m0 < M; m0 += kTwo) {
     const int64_t rows = std::min(M - m0, kTwo), padded = rows > kTileRows ? kTwo : kTileRows;
-    add_by_tiles<false>(rows == kTwo ? x + m0 * weight.K : rest, weight.K, reinterpret_cast<uint32_t*>(pairs),
-                             panel.blocks * kLanes, padded, weight.K / 2, panel.blocks * kLanes, results, kTwo);
+    add_by_tiles<false>(rows == kTwo ? x + m0 * weight.K : rest, weight.K, pairs, columns, padded,
+                        weight.K / 2, columns, results, kTwo);
     for (int64_t m = 0; m < rows; m++)
       for (int64_t j = 0; j < panel.blocks; j++) {
         Vec sums = load(results + m * kTwo + j * kLanes);
-        if (has_last_scales) sums *= load(static_cast<const float*>(weight.scale) + (panel.block + j) * kLanes);
+        if (has_last_scales(weight)) sums *= load(static_cast<const float*>(weight.scale) + (panel.block + j) * kLanes);
         store(panel.y + (m0 + m) * width + j * kLanes, sums);
       }
   }
@@ -216,13 +169,12 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
   Lines<BFloat16> rest;
   Levels levels(std::any_of(weights, weights + count, uses_int8) ? M : 0, K);
-  Pairs x_pairs(is_plain ? (M + kTileRows - 1) / kTileRows * K / 2 : 0);
-  auto* x_start = reinterpret_cast<uint32_t*>(x_pairs.data());
+  Pairs x_pairs(is_plain ? (M + kTileRows - 1) / kTileRows * kTileRows * K / 2 : 0);
   if (is_plain) {
     parallel_for((M + kTileRows - 1) / kTileRows, 2, threads, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin * kTileRows; m < std::min(M, end * kTileRows); m += kTileRows) {
         const int64_t first = m / kTwo * kTwo, columns = M - first > kTileRows ? kTwo : kTileRows;
-        put_into_pairs(x + m * K, std::min(M - m, kTileRows), K, columns, x_start + first * K / 2 + m - first);
+        put_into_pairs(x + m * K, std::min(M - m, kTileRows), K, columns, &x_pairs[first * K / 2 + m - first]);
       }
     });
   } else {
@@ -238,11 +190,11 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
     static thread_local Lines<BFloat16> room;
     for (int64_t i = begin; i < end; i++) {
       if (is_plain) {
-        plain_panel(panels[i], x_start, M, width, room);
+        plain_panel(panels[i], x_pairs.data(), M, width, room);
       } else if (uses_int8(*panels[i].weight)) {
         (panels[i].blocks == 2 ? int8_panel<2> : int8_panel<1>)(panels[i], levels, width);
       } else {
-        pairs.resize(K);
+        pairs.resize(K * kLanes);
         packed_panel(panels[i], x, rest.data(), M, width, pairs.data());
       }
     }

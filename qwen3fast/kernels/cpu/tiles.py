@@ -8,6 +8,7 @@ the forms of products that are measured (engine/forms.py), in bfloat16 and, for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import Structure
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def are_usable() -> bool:
     return _are_usable
 
 
-def tile_linear(x: Tensor, weights: Sequence[LinearPointers], tiles: Tiles = Tiles.BFLOAT16) -> Tensor:
+def tile_linear(x: Tensor, weights: Sequence[Structure], tiles: Tiles = Tiles.BFLOAT16) -> Tensor:
     """Return x @ weight.T for weights of the same K, side by side, (..., N) bfloat16. x: (..., K) bfloat16.
 
     weights: all packed, of any formats, or all in bfloat16. tiles: INT8 quantizes x for weights in int8, if K is a

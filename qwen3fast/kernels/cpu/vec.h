@@ -580,6 +580,17 @@ FORCE_INLINE int32_t sum(Ints v) {
 
 FORCE_INLINE float largest(Vec v) { QWEN3FAST_FOLD(larger) }
 
+// The largest size of `count` numbers, a multiple of 16; NaN if one of them is NaN or infinite.
+FORCE_INLINE float largest_size(const BFloat16* x, int64_t count) {
+  Vec most = {}, poison = {};  // NaN where x is NaN or infinite, which a maximum may lose
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec numbers = load(x + i);
+    most = larger(size_of(numbers), most);
+    poison += numbers * 0;
+  }
+  return largest(most) + sum(poison);
+}
+
 // Each of sixteen vectors taken together by an operation, as one vector: each step takes halves of two vectors side by
 // side.
 template <typename Combine>

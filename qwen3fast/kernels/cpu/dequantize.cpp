@@ -1,0 +1,79 @@
+// Packed weights as numbers, in all formats: blocks of 16 rows for tiles.cpp, and any rows, of a token embedding or all.
+// quantized.cpp describes the layouts.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "fp8.h"
+#include "ops.h"
+#include "parallel.h"
+#include "products.h"
+#include "records.h"
+
+constexpr int64_t kLine = 64;  // bytes
+
+void dequantize(const Linear& weight, int64_t block, uint32_t* pairs, int64_t stride) {
+  const int bits = static_cast<int>(weight.bits);
+  const int64_t unit = unit_of(bits), lines = lines_of(bits), G = weight.K / unit;
+  const auto* w = static_cast<const uint8_t*>(weight.weight) + block * G * lines * kLine;
+  const bool has_table = is_looked_up(weight), is_signed = bits == 6 || has_table;  // with scales that have a sign
+  const bool has_minimums = bits < 6 && weight.span && !is_signed, has_blocks = is_fp8(weight) && !has_row_scales(weight);
+  const int64_t spans = has_blocks ? (weight.K + weight.span - 1) / weight.span : 0;
+  const auto* of_blocks = static_cast<const float*>(weight.scale) + block * spans;
+  Records records;
+  ByteScales byte_scales;
+  SignedScales signed_scales;
+  if (has_minimums) records.start(weight, block);
+  if (has_byte_scales(weight)) byte_scales.start(weight, block);
+  if (is_signed) signed_scales.start(weight, block);
+  const int zero = bits == 6 ? 32 : bits == 8 || has_table ? 128 : bits == 4 && !weight.span ? 8 : 0;
+  Vec scale = fill(1), minimum = {};
+  for (int64_t g = 0; g < G; g++, w += lines * kLine) {
+    if (has_blocks) scale = fill(of_blocks[g * kGroup / weight.span]);
+    if (has_minimums) {
+      records.read(scale, minimum);
+    } else if (is_signed) {
+      scale = signed_scales.read();
+    } else if (bits == 4) {
+      scale = has_byte_scales(weight) ? byte_scales.read(g) * byte_scales.units()
+                                      : load(static_cast<const BFloat16*>(weight.scale) + (block * G + g) * kLanes);
+    }
+    const Bits high = load_as<Bits>(w + (lines - 1) * kLine);
+    for (int four = 0; four < unit / 4; four++) {
+      Bits levels = levels_of(bits, load_as<Bits>(w + (bits == 8 ? four : four / 2) * kLine), high, four);
+      if (has_table) levels = look_up(kLookedUp, levels);
+      for (int shift = 0; shift < 32; shift += 16) {
+        const auto number = [&](int at) {
+          const Bits level = levels >> at & 255u;
+          return is_fp8(weight) ? from_fp8(level) * scale : convert<Vec>(as<Ints>(level) - zero) * scale - minimum;
+        };
+        store_as_is(pairs, as_bfloat16(number(shift), number(shift + 8)));
+        pairs += stride;
+      }
+    }
+  }
+}
+
+bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R, int64_t threads) {
+  const int64_t K = weight->K;
+  if (!std::all_of(row, row + R, [&](int64_t n) { return n >= 0 && n < weight->N; })) return false;
+  parallel_for(R, std::max<int64_t>(kLanes, 65536 / K), threads, [&](int64_t begin, int64_t end) {
+    static thread_local Lines<uint32_t> pairs;
+    pairs.resize(K / 2 * kLanes);
+    for (int64_t r = begin, block = -1; r < end; r++) {
+      const int64_t n = row[r];
+      BFloat16* const out = y + r * K;
+      if (is_lossless(*weight)) {
+        unpack_row(*weight, n, out);
+        continue;
+      }
+      if (n / kLanes != block) dequantize(*weight, block = n / kLanes, pairs.data(), kLanes);
+      for (int64_t p = 0; p < K / 2; p++) std::memcpy(out + 2 * p, &pairs[p * kLanes + n % kLanes], 4);
+      if (!has_last_scales(*weight)) continue;
+      const float scale = static_cast<const float*>(weight->scale)[n];
+      for (int64_t i = 0; i < K; i += kLanes) store(out + i, load(out + i) * scale);
+    }
+  });
+  return true;
+}
