@@ -187,7 +187,7 @@ def test_cached_attention_does_not_depend_on_the_length_read():
 
 
 @pytest.mark.parametrize(
-    ("position", "message"), [(None, "a cache needs positions"), (0, "forms need a mask")], ids=str
+    ("position", "message"), [(None, "a cache needs positions"), (0, "this form needs a mask")], ids=str
 )
 def test_cached_attention_needs_positions_and_a_mask(position, message):
     attention, config = random_attention()
