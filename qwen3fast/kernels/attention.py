@@ -1,6 +1,7 @@
-"""Attention over a KV cache: one function for the model, which chooses the first form that serves.
+"""Attention over a KV cache: one function for the model, and the table of forms that it chooses from.
 
-All forms return the result of the plain form, `attend`, up to rounding. Compiled code holds one form, chosen when it
+Each form has a condition on dtypes, sizes and the device; the first form whose condition holds is used. All forms
+return the result of the plain form, the last of the table, up to rounding. Compiled code holds one form, chosen when it
 was compiled; only prefill on CPUs chooses at run time, see kernels/cpu/prefill.py. Steps in one C++ operation, and
 fused steps on CUDA devices, have attention of their own.
 
@@ -10,7 +11,8 @@ H query heads   K key/value heads   D head_dim
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,18 @@ from qwen3fast.kernels.define import define
 Cache = Any
 
 
+class AttentionForm(NamedTuple):
+    """A way to compute `cached_attention`: its condition, for a query and a cache, and its function.
+
+    has_mask: True if it needs a mask, False if it takes none; None if either will do.
+    """
+
+    name: str
+    serves: Callable[[Tensor, Cache], bool]
+    run: Callable[[Tensor, Cache, Tensor, Tensor | None], Tensor]
+    has_mask: bool | None = None
+
+
 def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v over what each query may see of the cache: (B, H, T, D), the query's dtype.
 
@@ -34,26 +48,10 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
     consecutive positions, and the queries of a single batch row at the last of the L positions.
     cache.sdpa_from: see kernels/cpu/prefill.py.
     """
-    y: Tensor
-    ops, is_step = torch.ops.qwen3fast, cache.row_B is None
-    memory, scales = (cache.k_RKSD, cache.v_RKSD), (cache.k_scale_RKS, cache.v_scale_RKS)
-    if is_step and cpu.can_decode_attention(q_BTHD, cache.k_RKSD):
-        y = ops.decode_attention(q_BTHD, *memory, position_BT, *scales)
-        return y
-    if not is_step and cpu.can_prefill_attention(q_BTHD, cache.k_RKSD):
-        y = ops.prefill_attention(q_BTHD, *memory, position_BT, cache.row_B, *scales, cache.sdpa_from)
-        return y.transpose(1, 2)
-    if is_step and cuda.can_split_attention(q_BTHD):
-        y = ops.split_attention(q_BTHD, *memory, position_BT, *scales)
-        return y
-    if not is_step and mask_BTL is None and cuda.can_chunk_attention(q_BTHD.device, q_BTHD.shape[-1]):
-        y = ops.chunk_attention(q_BTHD, *memory, position_BT, cache.row_B, *scales)
-        return y.transpose(1, 2)
-    assert mask_BTL is not None, "the other forms need a mask, which says how many positions are read"
-    k_BKLD, v_BKLD = cache.read(q_BTHD.shape[0], mask_BTL.shape[-1], q_BTHD.dtype)
-    if not is_step and q_BTHD.shape[0] == 1 and cuda.can_flash_attention(q_BTHD):
-        return attend_last(q_BTHD, k_BKLD, v_BKLD)
-    return attend(q_BTHD, k_BKLD, v_BKLD, mask_BTL)
+    for form in FORMS:
+        if form.serves(q_BTHD, cache) and form.has_mask in (None, mask_BTL is not None):
+            return form.run(q_BTHD, cache, position_BT, mask_BTL)
+    raise AssertionError("the last form serves everything")
 
 
 def finds_used_length(device: torch.device, head_dim: int) -> bool:
@@ -124,3 +122,76 @@ def attend_last(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
 def _flash(q_BHTD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
     y_BHTD: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True)[0]
     return y_BHTD
+
+
+def _plain(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    assert mask_BTL is not None, "this form needs a mask"
+    k_BKLD, v_BKLD = cache.read(q_BTHD.shape[0], mask_BTL.shape[-1], q_BTHD.dtype)
+    return attend(q_BTHD, k_BKLD, v_BKLD, mask_BTL)
+
+
+def _flash_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    assert mask_BTL is not None, "the mask says how many positions are read"
+    return attend_last(q_BTHD, *cache.read(q_BTHD.shape[0], mask_BTL.shape[-1], q_BTHD.dtype))
+
+
+def _split_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    y_BHTD: Tensor = torch.ops.qwen3fast.split_attention(
+        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
+    )
+    return y_BHTD
+
+
+def _cpp_decode(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    y_BHTD: Tensor = torch.ops.qwen3fast.decode_attention(
+        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.k_scale_RKS, cache.v_scale_RKS
+    )
+    return y_BHTD
+
+
+def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    y_BTHD: Tensor = torch.ops.qwen3fast.prefill_attention(
+        q_BTHD,
+        cache.k_RKSD,
+        cache.v_RKSD,
+        position_BT,
+        cache.row_B,
+        cache.k_scale_RKS,
+        cache.v_scale_RKS,
+        cache.sdpa_from,
+    )
+    return y_BTHD.transpose(1, 2)
+
+
+def _chunk_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Tensor | None) -> Tensor:
+    y_BTHD = torch.ops.qwen3fast.chunk_attention(
+        q_BTHD, cache.k_RKSD, cache.v_RKSD, position_BT, cache.row_B, cache.k_scale_RKS, cache.v_scale_RKS
+    )
+    y_BHTD: Tensor = y_BTHD.transpose(1, 2)
+    return y_BHTD
+
+
+FORMS = (
+    AttentionForm(
+        "cpp_decode", lambda q, cache: cache.row_B is None and cpu.can_decode_attention(q, cache.k_RKSD), _cpp_decode
+    ),
+    AttentionForm(
+        "cpp_prefill",
+        lambda q, cache: cache.row_B is not None and cpu.can_prefill_attention(q, cache.k_RKSD),
+        _cpp_prefill,
+    ),
+    AttentionForm("split_decode", lambda q, cache: cache.row_B is None and cuda.can_split_attention(q), _split_decode),
+    AttentionForm(
+        "chunk_prefill",
+        lambda q, cache: cache.row_B is not None and cuda.can_chunk_attention(q.device, q.shape[-1]),
+        _chunk_prefill,
+        has_mask=False,
+    ),
+    AttentionForm(
+        "flash_prefill",
+        lambda q, cache: cache.row_B is not None and q.shape[0] == 1 and cuda.can_flash_attention(q),
+        _flash_prefill,
+        has_mask=True,
+    ),
+    AttentionForm("plain", lambda q, cache: True, _plain),
+)

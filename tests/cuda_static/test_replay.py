@@ -180,13 +180,12 @@ def used_length(monkeypatch):
     """Attention that stops at each query's position by itself, as the GPU's does, in PyTorch."""
 
     def run(q_BTHD, cache, position_BT, mask_BTL):
-        if cache.row_B is not None:
-            return attention.cached_attention(q_BTHD, cache, position_BT, mask_BTL)
         k_BKSD, v_BKSD = cache.read(len(q_BTHD), cache.k_RKSD.shape[2], q_BTHD.dtype)
         mask_BTS = torch.arange(k_BKSD.shape[2]) <= position_BT.clamp(min=0)[..., None]
         return attention.attend(q_BTHD, k_BKSD, v_BKSD, mask_BTS)
 
-    monkeypatch.setattr("qwen3fast.model.attention.cached_attention", run)
+    form = attention.AttentionForm("used length", lambda q, cache: cache.row_B is None, run)
+    monkeypatch.setattr(attention, "FORMS", (form, *attention.FORMS))
     monkeypatch.setattr("qwen3fast.engine.parts.finds_used_length", lambda *_: True)
 
 
