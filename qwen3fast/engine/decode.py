@@ -70,9 +70,10 @@ def decode_step(
 
 
 def _all_layers(parts: Parts, num_rows: int) -> DecodeLayers | None:
-    """Return the operation that runs all blocks, if it serves this many rows."""
+    """Return the operation that runs all blocks, if it serves this many rows and no plainer form is faster here."""
     layers = parts.decode_layers
-    return layers if layers is not None and layers.serves(num_rows) else None
+    is_used = layers is not None and num_rows not in parts.forms.block_rows and layers.serves(num_rows)
+    return layers if is_used else None
 
 
 def _logits(forward: Forward, state: DecodeState, rows: slice, length: int) -> Tensor:

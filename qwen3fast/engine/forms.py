@@ -11,15 +11,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cases import (
     BFLOAT16,
+    CPP,
     DEQUANTIZED,
     INT8_TILES,
     LINEAR,
@@ -27,30 +30,37 @@ from qwen3fast.kernels.cases import (
     ROWS,
     SDPA,
     TILES,
+    Calls,
     linear_case,
     prefill_attention_case,
 )
+from qwen3fast.kernels.compiling import operations
 from qwen3fast.kernels.cpu import tiles
+from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS
 from qwen3fast.kernels.cpu.prefill import CHUNKS, chunk_class
 from qwen3fast.kernels.cpu.structures import LANES, NEVER, RowLimits, Tiles
 from qwen3fast.kernels.forms import PART_S, FormCase, choose, machine_key, measure_and_keep, used_from
 from qwen3fast.kernels.forms_file import Choice, kept
 from qwen3fast.kernels.linear import Linear
-from qwen3fast.model import Qwen3
+from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.layers import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
+BLOCKS = "block by block"  # instead of all in one operation in C++
+DECODE_BYTES = 2**27  # weights of the blocks that are measured: more than caches hold
+DECODE_POSITION = 100
 WAITING = "until the next warmup() or process; measured meanwhile"
 
 
 class Forms:
     """The forms that the parts of one engine use.
 
-    sdpa_from: see kernels/cpu/prefill.py. choices: the reasons, by computation and sizes. Linear layers hold their own
-    choice (`limits`), which engines with the same model share.
+    sdpa_from: see kernels/cpu/prefill.py. block_rows: rows of decode steps that run block by block, not in the C++
+    operation for all blocks. choices: the reasons, by computation and sizes. Linear layers hold their own choice
+    (`limits`), which engines with the same model share.
     """
 
     def __init__(self, model: Qwen3 | None, cache: StaticKVCache, is_first: bool = False) -> None:
@@ -63,6 +73,7 @@ class Forms:
         self._layers = {} if model is None else layers_by_format(model)
         self._cases = [] if model is None else cases_of(model, cache)
         self.sdpa_from: tuple[int, ...] = ()
+        self.block_rows: frozenset[int] = frozenset()
         self.choices: dict[str, Choice] = {}
 
     def decide(self, may_measure: bool) -> bool:
@@ -71,11 +82,11 @@ class Forms:
         Returns: whether a choice has changed; code that was compiled with the earlier one must be compiled again.
         Raises: ValueError as `kernels.forms.is_pinned`.
         """
-        before = (self.sdpa_from, self._limits())
+        before = (self.sdpa_from, self.block_rows, self._limits())
         for case, is_in_time in self._timed_cases():
             self.choices[_label(case)] = choose(case, may_measure and is_in_time, self._is_first)
         self._use()
-        return before != (self.sdpa_from, self._limits())
+        return before != (self.sdpa_from, self.block_rows, self._limits())
 
     def measure_ahead(self, threads: int, quiet: AbstractContextManager[Any]) -> None:
         """Measure forms without a measurement, and keep the results without using them.
@@ -129,9 +140,13 @@ class Forms:
 
     def _use(self) -> None:
         names = {case: self.choices[_label(case)].name for case in self._cases}
-        attention = {case.sizes: name for case, name in names.items() if case.what == "prefill attention"}
+        by_what: dict[str, dict[tuple[int, ...], str]] = {}
+        for case, name in names.items():
+            by_what.setdefault(case.what, {})[case.sizes] = name
+        attention = by_what.get("prefill attention", {})
         lengths = tuple(_from_length(attention, chunk) for chunk in CHUNKS)
         self.sdpa_from = lengths if any(length != NEVER for length in lengths) else ()
+        self.block_rows = frozenset(rows for (rows,), name in by_what.get("decode", {}).items() if name == BLOCKS)
         for format, layers in self._layers.items():
             at = [(case.sizes[0], name) for case, name in names.items() if case.what == f"linear {format}"]
             forms = (INT8_TILES, TILES, DEQUANTIZED, LINEAR)
@@ -155,7 +170,7 @@ def cases_of(model: Qwen3, cache: StaticKVCache) -> list[FormCase]:
     for format, layers in layers_by_format(model).items():
         largest = largest_weight(layers[: 7 * 4])
         cases += [linear_case(rows, largest, format) for rows in ROWS]
-    return cases
+    return cases + decode_cases(model, cache.keys[0].dtype, cache.max_batch_size)
 
 
 def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -> list[FormCase]:
@@ -167,6 +182,57 @@ def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -
         for chunk in chunks
         for length in dict.fromkeys((chunk, min(LONG, allocated_len)))
     ]
+
+
+def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[FormCase]:
+    """Return some blocks of a decode step, for each number of rows that steps have; nothing without an operation."""
+    config, blocks = model.config, len(model.model.layers)
+    block_bytes = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    blocks = min(blocks, -(-DECODE_BYTES // block_bytes))
+    small = StaticKVCache(replace(config, num_hidden_layers=blocks), 1, 1, dtype, torch.device("cpu"))
+    if not DecodeLayers(model, small).is_possible:
+        return []
+    all_rows = {min(1 << (n - 1).bit_length(), max_batch_size) for n in range(1, max_batch_size + 1)}
+    heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
+    sizes = f"{config.hidden_size} hidden, {config.intermediate_size} intermediate, {heads}"
+    formats = ", ".join(layers_by_format(model))
+    kind = str(dtype).removeprefix("torch.")
+    return [
+        FormCase(
+            "decode",
+            f"{rows} row{'s' * (rows > 1)}, {blocks} blocks, {sizes}, {formats}, {kind} cache",
+            (CPP, BLOCKS),
+            partial(_decode_calls, model, blocks, dtype, rows),
+            (rows,),
+        )
+        for rows in sorted(all_rows)
+        if rows <= MAX_DECODE_ROWS
+    ]
+
+
+@torch.no_grad()
+def _decode_calls(model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> Calls:
+    config, device = model.config, torch.device("cpu")
+    cache = StaticKVCache(replace(config, num_hidden_layers=blocks), rows, DECODE_POSITION + 1, dtype, device)
+    cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn)
+    position_B1 = torch.full((rows, 1), DECODE_POSITION)
+    x_B1E = torch.full((rows, 1, config.hidden_size), 0.1, dtype=torch.bfloat16)
+    mask_B1L = torch.arange(cache.allocated_len) <= position_B1[..., None]
+    cos_B1D, sin_B1D = cos_SD[position_B1], sin_SD[position_B1]
+    layers = DecodeLayers(model, cache)
+
+    @torch.no_grad()
+    def all_blocks() -> None:
+        layers(x_B1E, cos_SD, sin_SD, position_B1)
+
+    @torch.no_grad()
+    def block_by_block() -> None:
+        x = x_B1E
+        with operations():
+            for block, layer in zip(model.model.layers, cache.layers(), strict=False):
+                x = block(x, cos_B1D, sin_B1D, position_B1, mask_B1L, layer)
+
+    return {CPP: all_blocks, BLOCKS: block_by_block}
 
 
 def layers_by_format(model: Qwen3) -> Mapping[str, list[Linear | QuantizedLinear]]:

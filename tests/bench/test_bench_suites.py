@@ -298,13 +298,14 @@ def test_suite_ablation(tmp_path, capsys):
 @pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
 def test_suite_forms(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(forms, "mean_seconds", lambda call: (call(), 1.0)[-1])  # each form runs once
-    options = ["--contexts", "64", "--formats", "plain,int4", "--dtype", "bfloat16"]
+    options = ["--contexts", "64", "--formats", "plain,int4", "--batch-sizes", "2", "--dtype", "bfloat16"]
     record = run_suite("forms", options, tmp_path, capsys)
     found = {(c.labels["computation"], c.labels["form"]) for c in record.cases}
     assert found == {
         ("prefill attention", "C++"), ("prefill attention", "SDPA"),
         ("linear bfloat16", "C++"), ("linear bfloat16", "F.linear"),
         ("linear int4", "C++"), ("linear int4", "dequantized"),
+        ("decode", "C++"), ("decode", "block by block"),
     }  # fmt: skip
     assert len({tuple(case.labels.values()) for case in record.cases}) == len(record.cases)
     assert forms.summary(record) == ["On this machine no plainer form is faster than the C++."]

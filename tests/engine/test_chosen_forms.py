@@ -14,7 +14,7 @@ from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.fast_layers import use_fast_layers
-from qwen3fast.engine.forms import WAITING, cases_of
+from qwen3fast.engine.forms import BLOCKS, WAITING, cases_of
 from qwen3fast.kernels import cpu, forms, forms_file
 from qwen3fast.kernels.cases import CPP, DEQUANTIZED, INT8_TILES, LINEAR, ROWS, SDPA, TILES
 from qwen3fast.kernels.compiling import operations
@@ -176,7 +176,8 @@ def test_all_cases_run_in_all_forms(format):
     use_fast_layers(model)
     cache = StaticKVCache(model.config, 4, 700, torch.bfloat16, CPU)
     cases = cases_of(model, cache)
-    assert {case.what for case in cases} == {"prefill attention", f"linear {format or 'bfloat16'}"}
+    assert {case.what for case in cases} == {"prefill attention", "decode", f"linear {format or 'bfloat16'}"}
+    assert [case.sizes for case in cases if case.what == "decode"] == [(1,), (2,), (4,)]
     assert len({forms.machine_key(case) for case in cases}) == len(cases)
     for case in cases:
         calls = case.calls()
@@ -195,9 +196,10 @@ def test_no_cases_but_for_bfloat16_on_cpus():
 
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 def test_an_engine_uses_the_faster_forms(format, faster):
-    faster(SDPA, DEQUANTIZED, LINEAR)
+    faster(SDPA, DEQUANTIZED, LINEAR, BLOCKS)
     engine = small_engine(small_model(format))
     assert engine.parts.forms.sdpa_from == (0, 0, NEVER)  # chunks of 512 do not fit its cache: nothing to measure
+    assert engine.parts.forms.block_rows == {1, 2}
     layer = engine.model.model.layers[0].mlp.down_proj
     assert layer.limits.dequantized == ROWS[0]
     faster(
@@ -279,18 +281,18 @@ def test_chunks_of_two_formats_run_in_one_operation_where_it_has_both_forms(int8
 @pytest.mark.parametrize("options", [{"forms": "first"}, {"compile": False}, {}])
 def test_the_first_forms_are_used_where_they_are_faster_or_pinned_or_nothing_is_compiled(options, faster, monkeypatch):
     if options:
-        faster(SDPA, DEQUANTIZED)
+        faster(SDPA, DEQUANTIZED, BLOCKS)
     else:
         faster(
             CPP,
         )
     engine = small_engine(small_model("int8"), **options)
-    assert engine.parts.forms.sdpa_from == ()
+    assert (engine.parts.forms.sdpa_from, engine.parts.forms.block_rows) == ((), frozenset())
     assert engine.model.model.layers[0].mlp.down_proj.limits == RowLimits()
 
 
 @pytest.mark.parametrize("format", [None, "int8"])
-@pytest.mark.parametrize("chosen", [(CPP,), (SDPA, DEQUANTIZED)])
+@pytest.mark.parametrize("chosen", [(CPP,), (SDPA, DEQUANTIZED, BLOCKS)])
 def test_the_chosen_forms_run_and_give_the_plain_logits(format, chosen, faster, uncompiled, monkeypatch):
     faster(*chosen)
     calls = []
@@ -306,12 +308,12 @@ def test_the_chosen_forms_run_and_give_the_plain_logits(format, chosen, faster, 
     engine.sample_first(0, logits, StepKind())
     engine.set_row(0, 40)
     engine.decode(1, 41, StepKind())
-    expected = {"sdpa_prefill", *(["dequantized_linear"] if format else [])} if chosen[0] == SDPA else set()
-    assert set(calls) == expected | {"__call__"}  # of decode steps
+    expected = {"__call__"} if chosen[0] == CPP else {"sdpa_prefill", *(["dequantized_linear"] if format else [])}
+    assert set(calls) == expected
 
 
 def test_auto_measures_in_the_background_and_uses_it_from_the_next_warmup_or_engine(faster, uncompiled):
-    faster(SDPA, DEQUANTIZED)
+    faster(SDPA, DEQUANTIZED, BLOCKS)
     model = small_model()
     engine = small_engine(model, compile="auto")
     parts, choices = engine.parts, engine.parts.forms.choices
@@ -321,13 +323,13 @@ def test_auto_measures_in_the_background_and_uses_it_from_the_next_warmup_or_eng
     parts.forms.measure_ahead(1, engine.compiler.quiet)  # what the thread does behind its first compilation
     assert {choice.reason for choice in choices.values()} == {WAITING}
     assert {choice.name for choice in choices.values()} == {CPP}
-    assert parts.forms.sdpa_from == ()
+    assert (parts.forms.sdpa_from, parts.forms.block_rows) == ((), frozenset())
     assert torch.equal(engine.prefill_whole(0, ids), before)  # a reply does not change
     other = small_engine(model, compile="auto")
     assert other.parts.forms.sdpa_from == (0, 0, NEVER)
     assert engine.parts.forms.sdpa_from == ()
     engine.warmup()
-    assert parts.forms.sdpa_from == (0, 0, NEVER)
+    assert parts.forms.sdpa_from == (0, 0, NEVER) and parts.forms.block_rows == {1, 2}
     for each in (engine, other):
         each.close()
 
@@ -359,7 +361,7 @@ def test_a_busy_machine_keeps_the_first_forms_and_nothing_is_kept(monkeypatch):
         engine = small_engine(small_model(), compile=compile)
         engine.parts.forms.measure_ahead(1, engine.compiler.quiet)
         assert {choice.reason for choice in engine.parts.forms.choices.values()} == {forms.BUSY}
-        assert engine.parts.forms.sdpa_from == ()
+        assert (engine.parts.forms.sdpa_from, engine.parts.forms.block_rows) == ((), frozenset())
         engine.close()
     assert not forms_file.path().exists()
 
@@ -377,7 +379,7 @@ def test_the_thread_of_auto_measures_behind_its_first_compilation(faster, uncomp
 
 
 def test_warmup_compiles_again_what_a_changed_choice_is_constant_in(faster, uncompiled):
-    faster(SDPA)
+    faster(SDPA, BLOCKS)
     engine = small_engine(small_model(), compile="auto")
     engine.compiler.auto_from_s = 0
     compiled = engine.parts.prefill_block._forms
@@ -391,12 +393,12 @@ def test_warmup_compiles_again_what_a_changed_choice_is_constant_in(faster, unco
 
 
 def test_measuring_ends_with_its_budget(faster, monkeypatch):
-    faster(SDPA)
+    faster(SDPA, BLOCKS)
     times = iter(range(1000))
     monkeypatch.setattr("qwen3fast.engine.forms.time.perf_counter", lambda: 0.2 * next(times))
     engine = small_engine(small_model())
     reasons = [choice.reason for choice in engine.parts.forms.choices.values()]
-    assert reasons.count("measured now") == 2  # one of attention, one of products
+    assert reasons.count("measured now") == 3  # one of attention, one of products, one of decoding
     assert set(reasons) == {"measured now", "not measured yet"}
     assert engine.parts.forms.sdpa_from == (NEVER, NEVER, NEVER) or not engine.parts.forms.sdpa_from
 
@@ -407,7 +409,7 @@ def test_stats_tell_the_choices(faster):
         chosen = generator.stats.forms
         choice = chosen["prefill attention, 32 tokens at 128, 4/2 heads of 32, bfloat16"]
         assert (choice.name, choice.reason, choice.seconds) == (SDPA, "measured now", {CPP: 2.0, SDPA: 1.0})
-        assert any(name.startswith("linear bfloat16, 32 rows,") for name in chosen)
+        assert any(name.startswith("decode, 1 row,") for name in chosen)
     with Generator(small_model(), max_seq_len=100, forms="first") as generator:
         assert {choice.reason for choice in generator.stats.forms.values()} == {"pinned"}
     with pytest.raises(ValueError, match="forms must be 'measured' or 'first', got 'fast'"):
@@ -415,7 +417,7 @@ def test_stats_tell_the_choices(faster):
 
 
 def test_compiled_code_with_all_second_forms_gives_the_plain_logits(faster):
-    faster(SDPA, DEQUANTIZED)
+    faster(SDPA, DEQUANTIZED, BLOCKS)
     model = small_model("int8")
     ids = random_ids(1, 40)[0].tolist()
     engine, plain = small_engine(model, rows=1), small_engine(model, compile=False, rows=1)

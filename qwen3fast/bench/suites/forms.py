@@ -17,7 +17,7 @@ from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
 from qwen3fast.engine.fast_layers import use_fast_layers
-from qwen3fast.engine.forms import largest_weight, layers_by_format
+from qwen3fast.engine.forms import decode_cases, largest_weight, layers_by_format
 from qwen3fast.kernels import cpu, forms
 from qwen3fast.kernels.cases import CPP, ROWS, linear_case, prefill_attention_case
 from qwen3fast.kernels.cpu.prefill import CHUNKS
@@ -55,6 +55,7 @@ def _cases(session: Session, format: str) -> Iterator[forms.FormCase]:
     for name, layers in layers_by_format(model).items():
         largest = largest_weight(layers)
         yield from (linear_case(rows, largest, name) for rows in FEW_ROWS + ROWS)
+    yield from decode_cases(model, dtype, max(o.batch_sizes))
 
 
 def _tasks(case: forms.FormCase) -> Iterator[Task]:
@@ -74,7 +75,8 @@ def _tasks(case: forms.FormCase) -> Iterator[Task]:
 
 def _short(key: str) -> str:
     """Return a case's sizes; the record has the model's."""
-    return ", ".join(part for part in key.split(", ") if "heads of" not in part)
+    of_model = ("heads of", "hidden", "intermediate", "blocks")
+    return ", ".join(part for part in key.split(", ") if not any(word in part for word in of_model))
 
 
 def mean_seconds(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -116,8 +118,8 @@ SUITE = Suite(
     columns=Columns(("computation", "sizes", "form"), ("operator_ms",), baseline={"form": CPP}, speed="tok_s"),
     defaults={
         "formats": ("plain", "int8", "int4", "plain-kv8"), "contexts": (512, 1024, 2048, 4096),
-        "repetitions": 3,
+        "batch_sizes": (32,), "repetitions": 3,
     },
-    quick={"formats": ("plain", "int4"), "contexts": (512,), "repetitions": 1},
+    quick={"formats": ("plain", "int4"), "contexts": (512,), "batch_sizes": (1,), "repetitions": 1},
     summary=summary,
 )  # fmt: skip
