@@ -160,10 +160,10 @@ def test_text_offsets_count_characters_not_their_tokens(tiny_generator):  # noqa
     assert len(found["tokens"]) > len(text)  # characters of several tokens
     at = {token: offset for token, offset in zip(found["tokens"], found["text_offset"], strict=True) if token in "abc"}
     assert at == {"a": 0, "b": 2, "c": 4}
-    _, stream = asyncio.run(post(app, "/v1/completions", {**body, "stream": True}))
+    _, stream = asyncio.run(post(app, "/v1/completions", {**body, "max_tokens": 1, "stream": True}))
     events = [json.loads(data)["choices"][0] for data in re.findall(rb"data: (\{.*\})\n\n", stream)]
     offsets = [offset for event in events if event["logprobs"] for offset in event["logprobs"]["text_offset"]]
-    assert offsets == found["text_offset"]
+    assert offsets[:-1] == found["text_offset"]  # without the reply's token
 
 
 def test_text_offsets_count_an_unfinished_character_before_the_next_token(tiny_generator):  # noqa: F811
