@@ -165,7 +165,7 @@ def _structure(fields: Fields) -> tuple[str | None, dict[str, Any]]:
 def _shapes(outputs: Fields) -> dict[str, tuple[str, Any]]:
     """Return the constraints of `structured_outputs` by field: the name of a sampling parameter and its value."""
     refuse_unless(outputs, grammar=None, structural_tag=None)
-    choices = outputs.items("choice", lambda choice: isinstance(choice, str) and choice, "a list of non-empty strings")
+    choices = outputs.items("choice", lambda item: isinstance(item, str) and item != "", "a list of non-empty strings")
     if choices == []:
         raise outputs.error("choice", "must be a list of non-empty strings")
     found = {
