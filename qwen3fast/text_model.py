@@ -67,7 +67,7 @@ class TextModel:
         load = partial(
             load_model,
             quantization=quantization,
-            output_projection=own.get("score_head", own) is None,  # a Reranker without one reads some of its rows
+            output_projection="score_head" in own and own["score_head"] is None,  # a Reranker reads rows of it then
             check_weights=check_weights,
             calibrate=calibrate,
         )

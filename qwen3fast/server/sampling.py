@@ -12,6 +12,8 @@ from qwen3fast.server.fields import Fields, describe, is_number
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+# vLLM's older names of `structured_outputs`, and a field for what echo with logprobs gives.
+REFUSED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_structural_tag", "prompt_logprobs")
 LOWEST = -9999.0  # log-probability in replies: JSON has no infinity
 # How messages on the schema, pattern or grammar of a reply begin.
 OF_SHAPE = ("json_schema ", "regex ", "this JSON schema ", "this regular expression ", "this grammar ", "this schema, ")
@@ -64,7 +66,7 @@ def read_sampling(
     Raises: ApiError (400) naming the field.
     """
     refuse_unless(fields, min_tokens=0, bad_words=[], skip_special_tokens=True, include_stop_str_in_output=False)
-    refuse_unless(fields, prompt_logprobs=None)
+    refuse_unless(fields, **dict.fromkeys(REFUSED))
     limits = [fields.integer(name, least_max_tokens, MAX_COUNT) for name in max_tokens_names]
     limit = next((limit for limit in limits if limit is not None), default_max_tokens)
     shaped_by, structure = _structure(fields)
@@ -146,16 +148,12 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
 
 
 def _structure(fields: Fields) -> tuple[str | None, dict[str, Any]]:
-    """Return json_schema or regex, from `response_format`, or vLLM's `structured_outputs` or older `guided_*`.
+    """Return json_schema or regex, from `response_format` or vLLM's `structured_outputs`.
 
     The first value is the path of the field.
     """
-    given = _guides(fields, "guided_")
     outputs = fields.object("structured_outputs")
-    if outputs is not None:
-        given |= _guides(outputs, "")
-        if outputs.flag("json_object"):
-            given[outputs.name("json_object")] = ("json_schema", {"type": "object"})
+    given = {} if outputs is None else {outputs.name(key): shape for key, shape in _shapes(outputs).items()}
     response_format = read_format(fields.object("response_format"))
     if response_format is not None:
         given["response_format"] = ("json_schema", response_format)
@@ -164,24 +162,19 @@ def _structure(fields: Fields) -> tuple[str | None, dict[str, Any]]:
     return next(iter(given), None), dict(given.values())
 
 
-def _guides(fields: Fields, prefix: str) -> dict[str, tuple[str, Any]]:
-    """Return the constraints of a reply, by the path of the field: the name of a sampling parameter and its value."""
-    given: dict[str, tuple[str, Any]] = {}
-    for key in (f"{prefix}grammar", f"{prefix}structural_tag"):
-        if fields.raw(key) is not None:
-            raise fields.error(key, "is not supported; use a JSON schema or a regular expression")
-    schema = fields.raw(f"{prefix}json")
-    if schema is not None:
-        given[fields.name(f"{prefix}json")] = ("json_schema", schema)
-    regex = fields.text(f"{prefix}regex")
-    if regex is not None:
-        given[fields.name(f"{prefix}regex")] = ("regex", regex)
-    choices = fields.items(f"{prefix}choice")
-    if choices is not None:
-        if not choices or not all(isinstance(choice, str) and choice for choice in choices):
-            raise fields.error(f"{prefix}choice", "must be a list of non-empty strings")
-        given[fields.name(f"{prefix}choice")] = ("regex", "|".join(re.escape(choice) for choice in choices))
-    return given
+def _shapes(outputs: Fields) -> dict[str, tuple[str, Any]]:
+    """Return the constraints of `structured_outputs` by field: the name of a sampling parameter and its value."""
+    refuse_unless(outputs, grammar=None, structural_tag=None)
+    choices = outputs.items("choice", lambda item: isinstance(item, str) and item != "", "a list of non-empty strings")
+    if choices == []:
+        raise outputs.error("choice", "must be a list of non-empty strings")
+    found = {
+        "json": ("json_schema", outputs.raw("json")),
+        "regex": ("regex", outputs.text("regex")),
+        "choice": ("regex", choices and "|".join(map(re.escape, choices))),
+        "json_object": ("json_schema", {"type": "object"} if outputs.flag("json_object") else None),
+    }
+    return {key: shape for key, shape in found.items() if shape[1] is not None}
 
 
 def read_format(form: Fields | None, is_flat: bool = False) -> dict[str, Any] | None:

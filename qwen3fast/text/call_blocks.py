@@ -1,10 +1,10 @@
-"""Tool calls, the blocks of text that hold them, and the interface of the formats in which models write them."""
+"""Tool calls, and the blocks of text that hold them."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
 END_OF_BLOCK = re.compile(rf"\s*({END_CALL}|\Z)")
@@ -33,28 +33,6 @@ class CallBlock(NamedTuple):
     calls: list[ToolCall]
     end: int
     is_closed: bool
-
-
-class CallFormat(Protocol):
-    """A format of tool calls. Thread-safe, and shared by all replies to a request.
-
-    Attributes:
-        end_tags: the tags that can close a block.
-    """
-
-    end_tags: tuple[str, ...]
-
-    def find(self, answer: str, position: int) -> int | None:
-        """Return where the next block begins, at the position or later; None if there is none."""
-        ...
-
-    def read(self, answer: str, begin: int) -> CallBlock:
-        """Return the block that begins there. A malformed one ends where the next search starts."""
-        ...
-
-    def num_held_back(self, answer: str) -> int:
-        """Return how many characters at the end of an answer may turn out to begin a block."""
-        ...
 
 
 def length_of_partial(text: str, tag: str) -> int:

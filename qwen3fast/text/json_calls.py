@@ -22,7 +22,7 @@ _JSON = json.JSONDecoder(strict=False)  # models write line breaks inside string
 
 
 class JsonCalls:
-    """The format `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`; methods as in CallFormat.
+    """The format `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. end_tags: the tags that can close a block.
 
     A block holds one call, several after each other, or a list of calls. Whitespace between the tags is free. The
     arguments may be named "parameters", may be a string that holds the object, and may be null or "" for none; other
@@ -33,12 +33,12 @@ class JsonCalls:
     end_tags: tuple[str, ...] = (END_CALL,)
 
     def find(self, answer: str, position: int) -> int | None:
-        """Return where the next block begins, or None."""
+        """Return where the next block begins, at the position or later; None if there is none."""
         begin = answer.find(BEGIN_CALL, position)
         return begin if begin >= 0 else None
 
     def read(self, answer: str, begin: int) -> CallBlock:
-        """Return the block that begins there."""
+        """Return the block that begins there. A malformed one ends where the next search starts."""
         # JSON is read before the closing tag is looked for: a string among the arguments may hold that tag.
         # Only where an object or a list begins: an error costs json a walk over all text before it, to name the line,
         # and a model that repeats itself may write <tool_call> to the end of its context (40,000 times: 2.8 s; with

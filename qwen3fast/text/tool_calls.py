@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from qwen3fast.text.call_blocks import CallFormat, ToolCall
+from qwen3fast.text.call_blocks import ToolCall
 from qwen3fast.text.json_calls import JsonCalls
 from qwen3fast.text.xml_calls import XmlCalls
 
 __all__ = ["CallFormat", "JsonCalls", "ParsedAnswer", "ToolCall", "XmlCalls", "call_format_of", "parse_tool_calls"]
 
+# Thread-safe, and shared by all replies to a request.
+CallFormat = JsonCalls | XmlCalls
 _JSON_CALLS = JsonCalls()
 
 

@@ -38,7 +38,7 @@ _PARTIAL = re.compile(r"<function=[^<>\n]*\Z")
 
 
 class XmlCalls:
-    """The format of Qwen3-Coder; methods as in CallFormat.
+    """The format of Qwen3-Coder. end_tags: the tags that can close a block.
 
     A block is `<tool_call>`, one or more functions and `</tool_call>`, with free whitespace between them. A function is
     `<function=name>`, then for each parameter `<parameter=key>`, the value and `</parameter>`, then `</function>`. One
@@ -63,14 +63,17 @@ class XmlCalls:
         self._types: dict[tuple[str, str], list[str]] = {}  # of the parameters that have come
 
     def find(self, answer: str, position: int) -> int | None:
-        """Return where the next block begins, or None."""
+        """Return where the next block begins, at the position or later; None if there is none."""
         for begin in _BEGIN.finditer(answer, position):
             if begin[1] is None or self._is_tool(begin[1]):
                 return begin.start()
         return None
 
     def read(self, answer: str, begin: int) -> CallBlock:
-        """Return the block that begins there. Costs no more than the text that the block takes."""
+        """Return the block that begins there, at no more cost than the text that it takes.
+
+        A malformed one ends where the next search starts.
+        """
         has_opener = answer.startswith(BEGIN_CALL, begin)
         at = begin + len(BEGIN_CALL) if has_opener else begin
         calls: list[ToolCall] = []

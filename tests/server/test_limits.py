@@ -183,8 +183,8 @@ def test_a_client_that_goes_away_frees_its_slot(small):
 def test_a_schema_that_explodes_is_refused(small, schema):
     pytest.importorskip("llguidance")
     _, client = small
-    without_reasoning = {"chat_template_kwargs": {"enable_thinking": False}}
-    reply = client.post("/v1/chat/completions", json={**CHAT, **without_reasoning, "guided_json": schema})
+    more = {"chat_template_kwargs": {"enable_thinking": False}, "structured_outputs": {"json": schema}}
+    reply = client.post("/v1/chat/completions", json={**CHAT, **more})
     assert reply.status_code == 400 and reply.json()["error"]["message"]
     assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
 
