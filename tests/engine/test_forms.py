@@ -178,7 +178,7 @@ def on_cuda(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "fused", "forms", "captured"),
-    [(1, True, 4, 13), (8, True, 7, 28), (1, False, 9, 13), (8, False, 17, 28), (16, True, 9, 31)],
+    [(1, True, 6, 13), (8, True, 11, 28), (1, False, 11, 13), (8, False, 21, 28), (16, True, 13, 31)],
 )
 def test_on_cuda_warmup_makes_all_forms_and_graphs(rows, fused, forms, captured, on_cuda, graphs):
     """Of prompts for one and for several, of steps for one row and for more.
