@@ -52,8 +52,8 @@ def shuffle(block: Block, found: Instruction) -> None:
         is_inside = lane <= last
     lane = np.where(is_inside, lane, LANES)
     numbers, known = (
-        np.take_along_axis(_by_warp(found), lane, axis=1).reshape(-1)
-        for found in (block.read(source, "b32"), block.known(source))
+        np.take_along_axis(_by_warp(every), lane, axis=1).reshape(-1)
+        for every in (block.read(source, "b32"), block.known(source))
     )
     if "|" in target:
         raise EmulatorError("unknown instruction")
