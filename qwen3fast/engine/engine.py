@@ -342,10 +342,10 @@ class Engine(Rows):
         vocab_size = self.model.config.vocab_size
         neutral = ProcessorRows.neutral(num_rows, vocab_size, self.device)
         logprobs = LogprobState.allocate(num_rows, vocab_size, self.device)
-        logits_BV, zeros_B = torch.zeros_like(neutral.bias_BV), torch.zeros_like(self.state.input_R[:num_rows])
+        logits_BV, token_B = torch.zeros_like(neutral.bias_BV), torch.zeros_like(self.state.input_R[:num_rows])
         self.parts.processors(None, logits_BV, *neutral)
-        self.parts.count(None, neutral.count_BV, zeros_B, zeros_B)
-        self.parts.logprobs(None, logits_BV, zeros_B, *vars(logprobs).values())
+        self.parts.count(None, neutral.count_BV, token_B, torch.zeros_like(token_B))  # not one tensor for two arguments
+        self.parts.logprobs(None, logits_BV, token_B, *vars(logprobs).values())
 
     def _compile_kernels(self) -> None:
         """Compile the kernels of fused steps, several at a time: the steps of `warmup` would do so one by one."""

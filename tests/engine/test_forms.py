@@ -204,7 +204,10 @@ def test_on_cuda_warmup_makes_all_forms_and_graphs(rows, fused, forms, captured,
             for sampler in SamplerKind:
                 for used in (1, 128, 129, 4096):
                     engine.decode(batch, used, StepKind(sampler))
-    assert (engine.compiler.compilations, len(engine.graphs)) == (forms, captured)
+        assert (engine.compiler.compilations, len(engine.graphs)) == (forms, captured)
+        for batch in range(1, rows + 1):  # captured at the first request that needs it
+            engine.decode(batch, 128, StepKind(is_processed=True, has_logprobs=True))
+    assert engine.compiler.compilations == len(graphs) == forms
 
 
 @pytest.mark.parametrize(
