@@ -1,5 +1,6 @@
 """`python -m qwen3fast`, and the command `qwen3fast`."""
 
+import atexit
 import signal
 import warnings
 from importlib import import_module
@@ -7,15 +8,19 @@ from importlib import import_module
 
 def main() -> int:
     """Run the command line. Returns: the exit status."""
+    atexit.register(_end_on_ctrl_c)
     warnings.formatwarning = lambda message, *_: f"qwen3fast: warning: {message}\n"
     try:
         status: int = import_module("qwen3fast.cli").main()  # by name, in here: Ctrl-C may come meanwhile
         return status
     except KeyboardInterrupt:
         return 130
-    finally:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after nohup
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python takes half a second to end: Ctrl-C then just ends it
+
+
+def _end_on_ctrl_c() -> None:
+    """Have Ctrl-C just end Python, which takes half a second to do so by itself, without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":
