@@ -68,8 +68,7 @@ def build_libraries(folder: Path) -> str | None:
                 versions.append(glibc_version(built))
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        stderr = getattr(error, "stderr", None)
-        logger.warning("C++ operations not built: %s", f"{stderr}\nneeded: {building.NEEDED}" if stderr else error)
+        logger.warning("C++ operations not built: %s", reason(error))
         return None
     if not folder.exists():
         logger.warning("C++ operations not built: no compiler for a level of %s", machine or sys.platform)
@@ -84,7 +83,13 @@ def build_for_this_machine() -> None:
     try:
         library.open_library()
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
-        logger.warning("C++ operations not built: %s", getattr(error, "stderr", None) or error)
+        logger.warning("C++ operations not built: %s", reason(error))
+
+
+def reason(error: Exception) -> str:
+    """Return what went wrong, and what is needed where a compiler failed."""
+    stderr = getattr(error, "stderr", None)
+    return f"{stderr}\nneeded: {building.NEEDED}" if stderr else str(error)
 
 
 def glibc_version(built: Path) -> int:

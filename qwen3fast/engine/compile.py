@@ -65,7 +65,8 @@ CUDA_OPTIONS: dict[str, bool] = {"coordinate_descent_tuning": True, "triton.enab
 class StepCompiler:
     """A compiler of parts of steps, which counts compilations.
 
-    The mode "auto" compiles in a thread of its own, which first builds the C++ operations: most models need no more.
+    The mode "auto" compiles in a thread of its own, which first builds the C++ operations, unless they are there: most
+    models need no more.
     Until a form is ready, the part runs uncompiled, with C++ operations once they are built. It stays uncompiled if the
     compiled form is slower. On CUDA devices "auto" means True: graphs are captured from compiled parts.
 

@@ -227,7 +227,7 @@ def prefill_chunk(
     if layers is not None and length is not None and layers.serves_chunks(num_tokens):
         tiles = parts.forms.of_chunks(num_tokens, size, length)
         if tiles is not None:
-            last_B = None if lasts is None else torch.tensor(lasts)
+            last_B = None if lasts is None else torch.tensor(lasts, device="cpu")
             return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B)
     cos_BTD, sin_BTD = cos_SD[position_BT], sin_SD[position_BT]
     for block, layer in zip(model.model.layers, cache.layers(row_B), strict=True):

@@ -18,7 +18,7 @@ from qwen3fast.engine.staging import to_device
 from qwen3fast.engine.state import Logprobs
 from qwen3fast.sampling.processors import log_probabilities
 
-MAX_LOGITS = 2**23  # computed at a time: 32 MiB in float32, and about as much again for their exponentials
+MAX_LOGITS = 2**23  # computed at a time: 32 MiB in float32, and as much again for their log-probabilities
 
 
 @dataclass(frozen=True)

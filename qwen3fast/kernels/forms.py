@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
+
 from qwen3fast.checks import checked_variable
 from qwen3fast.kernels.cpu.structures import NEVER
 from qwen3fast.kernels.forms_file import Choice, keep, kept, machine
@@ -94,7 +96,9 @@ def measure_and_keep(case: FormCase) -> Choice:
     Nothing is written if the machine was too busy; the first form is returned then, without times.
     """
     first = case.names[0]
-    rounds = measure(case.calls())
+    with torch.device("cpu"):  # whatever the application's default device is
+        calls = case.calls()
+    rounds = measure(calls)
     if len(rounds[first]) < CLEAR_ROUNDS:
         return Choice(first, BUSY)
     choice = Choice(winner(rounds), "measured now", {name: median(times) for name, times in rounds.items()})

@@ -141,7 +141,10 @@ def test_products_with_dequantized_weights_equal_those_with_the_plain_weight(for
     packed = quantize(random_tensor(48, 96).bfloat16(), FORMATS[format])
     x = random_tensor(2, 5, 96, seed=1).bfloat16()
     expected = x.float() @ FORMATS[format].dequantize(packed).T
-    assert_near(dequantized_linear(x, *packed), expected, torch.bfloat16)
+    y = dequantized_linear(x, *packed)
+    assert_near(y, expected, torch.bfloat16)
+    with torch.device("meta"):  # an application's default device
+        assert torch.equal(dequantized_linear(x, *packed), y)
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
@@ -184,6 +187,22 @@ def test_all_cases_run_in_all_forms(format):
         assert tuple(calls) == case.names and case.names[0] == CPP
         for call in calls.values():
             call()
+
+
+def test_forms_are_measured_on_the_cpu_whatever_an_application_s_default_device_is(monkeypatch):
+    model, devices = small_model("int8"), []
+
+    def measure_once(calls):
+        devices.extend(y.device for y in (call() for call in calls.values()) if y is not None)
+        return {name: [1.0] * 3 for name in calls}
+
+    monkeypatch.setattr(forms, "measure", measure_once)
+    use_fast_layers(model)
+    cases = cases_of(model, StaticKVCache(model.config, 1, 100, torch.bfloat16, CPU))
+    with torch.device("meta"):
+        for case in cases:
+            forms.measure_and_keep(case)
+    assert set(devices) == {CPU}
 
 
 def test_no_cases_but_for_bfloat16_on_cpus():

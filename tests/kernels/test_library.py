@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_bool, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,9 +93,15 @@ def test_a_library_is_built_once(folder, builds):
     assert len(builds) == 1
 
 
-def test_auto_uses_a_library_that_is_there_and_builds_none_at_once(folder, builds, monkeypatch):
+@pytest.fixture
+def unloaded(monkeypatch):
+    """As in a process that has not loaded a library; afterwards, the one that it had is in use again."""
     for name in ("_was_tried", "_is_ready"):
         monkeypatch.setattr(cpu, name, False)
+    monkeypatch.setattr(library, "_used", None)
+
+
+def test_auto_uses_a_library_that_is_there_and_builds_none_at_once(folder, builds, unloaded):
     compiler = StepCompiler("auto", torch.device("cpu"))
     compiler.close(wait=True)
     assert not builds and not cpu.is_loaded()
@@ -102,6 +109,12 @@ def test_auto_uses_a_library_that_is_there_and_builds_none_at_once(folder, build
     compiler = StepCompiler("auto", torch.device("cpu"))
     compiler.close(wait=True)
     assert not builds and cpu.is_loaded()
+
+
+def test_auto_does_not_wait_for_another_thread_that_builds(unloaded):
+    with ThreadPoolExecutor(1) as pool, cpu._loading:  # which such a thread holds, for a minute
+        pool.submit(StepCompiler, "auto", torch.device("cpu")).result(timeout=20).close()
+    assert not cpu.is_loaded()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(100), None], ids=["empty", "foreign", "truncated"])

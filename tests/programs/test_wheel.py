@@ -128,6 +128,17 @@ def test_an_editable_install_builds_what_the_first_use_finds(tmp_path):
     assert list((tmp_path / "cache/qwen3fast").glob("ops-*.so")) == [Path(opened.strip())]
 
 
+def test_an_editable_install_tells_which_compiler_it_needs(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho old GCC >&2; exit 1\n")
+    compiler.chmod(0o700)
+    environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("QWEN3FAST_BUILD_LEVELS", None)
+    code = "import sys; sys.argv[1:] = ['--version']; import setup; setup.build_for_this_machine()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "old GCC" in done.stderr and f"needed: {building.NEEDED}" in done.stderr
+
+
 NEEDS = "print(setup.glibc_version(pathlib.Path(sys.argv[2])))"
 
 

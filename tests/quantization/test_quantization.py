@@ -49,6 +49,19 @@ def quantized_layer(out_features: int, in_features: int, format, seed: int = 0) 
     return QuantizedLinear(quantize(weight, format), format)
 
 
+@needs_operation
+@pytest.mark.parametrize("quantization", [None, "int4", "lossless"])
+def test_a_default_device_of_the_application_changes_no_reply(quantization):
+    def reply():
+        options = {"dtype": "bfloat16", "quantization": quantization, "calibrate": False, "max_seq_len": 64}
+        with Generator.from_pretrained("tiny", device="cpu", **options) as generator:
+            return generator.generate("What is 17 + 25?", SamplingParams(temperature=0, max_tokens=8)).token_ids
+
+    expected = reply()
+    with torch.device("meta"):
+        assert reply() == expected
+
+
 # ---------------------------------------------------------------------------------------------------------- formats
 
 

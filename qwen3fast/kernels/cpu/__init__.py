@@ -29,15 +29,19 @@ _is_ready = False  # a plain flag, which torch.compile can read
 def load(jobs: int | None = None, may_build: bool = True) -> bool:
     """Build (once per machine: seconds) and open the library of operations, once in a process.
 
-    jobs: compilers that run at the same time; None runs all of them. may_build: False opens one that is there, at once.
+    jobs: compilers that run at the same time; None runs all of them. may_build: False opens one that is there, at once,
+    and does not wait for another thread that builds one.
     Returns: whether the operations can be used; if not, the reason is logged. Linux and macOS are tried.
     """
     global _is_ready, _was_tried
-    with _loading:
-        if not _was_tried:
-            _is_ready = _load(jobs, may_build)
-            _was_tried = _is_ready or may_build
-        return is_loaded()
+    if _loading.acquire(blocking=may_build):
+        try:
+            if not _was_tried:
+                _is_ready = _load(jobs, may_build)
+                _was_tried = _is_ready or may_build
+        finally:
+            _loading.release()
+    return is_loaded()
 
 
 def is_loaded() -> bool:

@@ -281,7 +281,7 @@ def weight_pointers(
 
 
 def _order(order_K: Tensor, shape: tuple[int, ...]) -> int:
-    expected_K = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
+    expected_K = torch.arange(shape[-1], dtype=torch.int32, device="cpu").expand(shape)
     require(
         is_array(order_K, torch.int32, *shape) and order_K.sort().values.equal(expected_K),
         "decode_layers: an order must be a permutation of 0 to K - 1, int32, contiguous",

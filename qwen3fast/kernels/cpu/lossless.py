@@ -32,10 +32,10 @@ def pack_lossless(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         N % LANES == 0 and K % MULTIPLE == 0 and K <= MAX_CHANNELS,
         "pack_lossless: N a multiple of 16, K of 64, below 65,536",
     )
-    records, threads = torch.empty(N * RECORD, dtype=torch.uint8), torch.get_num_threads()
+    records, threads = weight_NK.new_empty(N * RECORD, dtype=torch.uint8), torch.get_num_threads()
     exceptions = functions().qwen3fast_plan_lossless(weight, N, K, records.data_ptr(), threads)
     require(N * RECORD // 4 + exceptions < 2**31, "pack_lossless: more exceptions than a record can count")
-    scale = torch.cat([records, torch.empty(exceptions * 4, dtype=torch.uint8)])
-    packed = torch.empty(packed_shape(N, K), dtype=torch.uint8)
+    scale = torch.cat([records, records.new_empty(exceptions * 4)])
+    packed = records.new_empty(packed_shape(N, K))
     functions().qwen3fast_pack_lossless(weight, N, K, scale.data_ptr(), packed.data_ptr(), threads)
     return packed, scale

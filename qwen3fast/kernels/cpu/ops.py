@@ -82,7 +82,8 @@ def dequantized_linear(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """
     N = packed.shape[0] * LANES
     is_last = scale.dtype == torch.float32 and scale.shape in ((N,), (N, 1))
-    y = F.linear(x, quantized_rows(packed, torch.ones_like(scale) if is_last else scale, torch.arange(N)))
+    row_N = torch.arange(N, device="cpu")
+    y = F.linear(x, quantized_rows(packed, torch.ones_like(scale) if is_last else scale, row_N))
     return (y.float() * scale.flatten()).to(torch.bfloat16) if is_last else y
 
 
@@ -106,7 +107,7 @@ def pack_scales(scale: Tensor) -> Tensor | None:
     """
     blocks, groups = scale.shape[:2]
     pointer = address("pack_scales: scale", scale, torch.bfloat16, blocks, groups, LANES)
-    result = torch.empty(blocks, 1 + groups, LANES, dtype=torch.int8)
+    result = torch.empty(blocks, 1 + groups, LANES, dtype=torch.int8, device="cpu")
     arguments = (pointer, blocks, groups, result.data_ptr(), torch.get_num_threads())
     return result if functions().qwen3fast_pack_scales(*arguments) else None
 

@@ -81,12 +81,12 @@ def sdpa_prefill(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, position_BT: Te
     A first chunk, whose queries are all L positions, needs no mask and computes half of the products.
     """
     T, L = q_BTHD.shape[1], k_BKLD.shape[2]
-    at_last = torch.arange(L - T, L)
+    position_L = torch.arange(L, device=position_BT.device)
     q_BHTD = q_BTHD.transpose(1, 2)
-    if T == L and bool((position_BT == at_last).all()):
+    if T == L and bool((position_BT == position_L).all()):
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, is_causal=True, enable_gqa=True)
     else:
-        mask_B1TL = (torch.arange(L) <= position_BT[..., None])[:, None]
+        mask_B1TL = (position_L <= position_BT[..., None])[:, None]
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BKLD, v_BKLD, attn_mask=mask_B1TL, enable_gqa=True)
     return y_BHTD.transpose(1, 2).contiguous()
 

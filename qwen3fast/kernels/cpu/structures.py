@@ -27,7 +27,7 @@ HALF_GROUP = 16  # channels that share a scale in 6 bits
 INT6_SPAN, INT6_RECORD = 256, 18 * LANES  # of int6's scales
 NL4_SPAN, NL4_RECORD, NL4_SHORT_RECORD = 256, 10 * LANES, 2 * LANES  # of nl4's scales; a short record is of 32 channels
 # What levels of nl4 stand for: kvalues_iq4nl of ggml-common.h, in github.com/ggml-org/ggml.
-NL4_TABLE = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+NL4_TABLE = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], device="cpu")
 # Bits, span and bytes of the records of 6 and 5 bits. No weight of 4 bits has as many words and bytes.
 RECORDS = (
     (6, INT6_SPAN, INT6_RECORD),
