@@ -1,5 +1,6 @@
 """`python -m qwen3fast`, and the command `qwen3fast`."""
 
+import atexit
 import signal
 import warnings
 from importlib import import_module
@@ -14,8 +15,13 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after nohup
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python takes half a second to end: Ctrl-C then just ends it
+        atexit.register(_end_at_ctrl_c)
+
+
+def _end_at_ctrl_c() -> None:
+    """Let Ctrl-C just end Python, which takes half a second to end; not where it is ignored, as after nohup."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":
