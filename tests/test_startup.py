@@ -155,6 +155,16 @@ def test_ctrl_c_while_python_ends_leaves_no_traceback(arguments):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_program_that_calls_it_keeps_its_own_ctrl_c():
+    program = "import signal, threading\nfrom qwen3fast.__main__ import main\n"
+    program += "other = threading.Thread(target=main)\nother.start()\nother.join()\n"
+    program += "try: main()\nexcept SystemExit: pass\n"
+    program += "try: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: print('kept')"
+    done = run([sys.executable, "-c", program, "--version"])
+    assert done.returncode == 0 and done.stdout.endswith("\nkept\n") and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_while_it_imports_leaves_no_traceback():
     done = run([sys.executable, "-c", INTERRUPTED])
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

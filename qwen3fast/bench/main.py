@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from qwen3fast.bench.harness import interruptible
 from qwen3fast.bench.options import add_options
-from qwen3fast.bench.record import Record, write_json
+from qwen3fast.bench.record import Record, json_text, write_json
 from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites import SUITES, Suite
 from qwen3fast.bench.table import as_text, table_rows
@@ -68,7 +67,7 @@ def finish(record: Record, suite: Suite, paths: tuple[Path, Path], as_json: bool
     record.cases = [case for case in record.cases if case.samples]
     value = _written(record, paths[0])
     if as_json:
-        print(json.dumps(value))
+        print(json_text(value), end="")
     elif record.cases:
         print(as_text(table_rows(record, suite.columns), left=len(suite.columns.labels)))
         print("\n".join(["", *sentences(record)]))

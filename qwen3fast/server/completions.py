@@ -83,7 +83,7 @@ def read_completion(fields: Fields, served: ServedModel) -> CompletionRequest:
     if sampling.only_prompt and not echo:
         raise fields.error("max_tokens", "0 tokens need echo", "invalid_value")
     if sampling.only_prompt and stream:
-        raise fields.error("stream", "of 0 tokens is not available", "invalid_value")
+        raise fields.error("stream", "is not available for 0 tokens; ask without it", "invalid_value")
     if echo and logprobs is not None:
         sampling = replace(sampling, params=replace(sampling.params, prompt_logprobs=logprobs))
     prompts = read_prompts(fields, "prompt")

@@ -180,7 +180,7 @@ def _parquet_row(row: dict[str, Any]) -> Any:
 
 def _csv_row(row: dict[Any, Any]) -> dict[str, Any]:
     """Return the values of a row's cells that are not empty. Raises: ValueError for more cells than columns."""
-    if None in row:
+    if any(row.get(None, ())):  # spreadsheets write empty cells at the end of rows
         raise ValueError("has more cells than the first line; put cells that hold commas in quotation marks")
     return {name: _csv_value(name, text) for name, text in row.items() if name and text}
 

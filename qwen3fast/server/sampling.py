@@ -12,8 +12,12 @@ from qwen3fast.server.fields import Fields, describe, is_number
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
-# vLLM's older names of `structured_outputs`, and a field for what echo with logprobs gives.
-REFUSED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_structural_tag", "prompt_logprobs")
+# vLLM's fields that are not read -> what to use instead.
+_INSTEAD = {
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice"), "use structured_outputs"),
+    **dict.fromkeys(("guided_grammar", "guided_structural_tag"), "use a JSON schema or a regular expression"),
+    "prompt_logprobs": "/v1/completions gives them with echo and logprobs",
+}
 LOWEST = -9999.0  # log-probability in replies: JSON has no infinity
 # How messages on the schema, pattern or grammar of a reply begin.
 OF_SHAPE = ("json_schema ", "regex ", "this JSON schema ", "this regular expression ", "this grammar ", "this schema, ")
@@ -66,7 +70,7 @@ def read_sampling(
     Raises: ApiError (400) naming the field.
     """
     refuse_unless(fields, min_tokens=0, bad_words=[], skip_special_tokens=True, include_stop_str_in_output=False)
-    refuse_unless(fields, **dict.fromkeys(REFUSED))
+    _refuse(fields, _INSTEAD)
     limits = [fields.integer(name, least_max_tokens, MAX_COUNT) for name in max_tokens_names]
     limit = next((limit for limit in limits if limit is not None), default_max_tokens)
     shaped_by, structure = _structure(fields)
@@ -100,6 +104,12 @@ def refuse_unless(fields: Fields, **neutral: Any) -> None:
         given = fields.raw(name, value)
         if given != value or isinstance(given, bool) != isinstance(value, bool):  # False == 0
             raise fields.error(name, f"is not supported, other than {describe(value)}", "unsupported")
+
+
+def _refuse(fields: Fields, instead: dict[str, str]) -> None:
+    for name, other in instead.items():
+        if fields.raw(name) is not None:
+            raise fields.error(name, f"is not supported; {other}", "unsupported")
 
 
 def checked_params(fields: Fields, shaped_by: str | None = None, **values: Any) -> SamplingParams:
@@ -164,7 +174,7 @@ def _structure(fields: Fields) -> tuple[str | None, dict[str, Any]]:
 
 def _shapes(outputs: Fields) -> dict[str, tuple[str, Any]]:
     """Return the constraints of `structured_outputs` by field: the name of a sampling parameter and its value."""
-    refuse_unless(outputs, grammar=None, structural_tag=None)
+    _refuse(outputs, dict.fromkeys(("grammar", "structural_tag"), "use a JSON schema or a regular expression"))
     choices = outputs.items("choice", lambda item: isinstance(item, str) and item != "", "a list of non-empty strings")
     if choices == []:
         raise outputs.error("choice", "must be a list of non-empty strings")

@@ -138,7 +138,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(item, Mapping):
                 left += item
                 left += item.values()
-            if isinstance(item, (Mapping, *_SEQUENCES)):
+            if isinstance(item, (Mapping, jinja2.runtime.LoopContext, *_SEQUENCES)):  # a filter may join a loop
                 units += UNITS_PER_ITEM * len(item)
             if isinstance(item, _SEQUENCES):
                 left += item

@@ -1,5 +1,6 @@
 """Every suite on the tiny model, as small as can be: a valid record, a picture, a table, sentences."""
 
+import json
 import os
 import sys
 import time
@@ -414,6 +415,18 @@ def test_what_was_measured_is_written_whatever_ends_the_run(tmp_path, capsys, mo
     [record] = map(load_record, tmp_path.glob("*.json"))
     assert record.interrupted and len(record.cases) == 1 and not [*tmp_path.glob("*.tmp")]
     assert "keeping the measurements so far" in capsys.readouterr().err
+
+
+def test_json_is_all_that_it_prints_and_valid(tmp_path, capsys, monkeypatch):
+    def run(session):
+        session.record.cases.append(make_case([1.0]))
+        session.record.notes["share"] = float("nan")  # JSON has no such number
+
+    monkeypatch.setitem(SUITES, "cache", replace(SUITES["cache"], run=run))
+    assert main([*SMALL, "--json", "--output", str(tmp_path)]) == 0
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    [file] = tmp_path.glob("*.json")
+    assert printed == json.loads(file.read_text()) and printed["notes"]["share"] is None
 
 
 def test_suite_serve_says_what_to_install(monkeypatch, capsys):

@@ -113,7 +113,7 @@ def test_csv_and_parquet_are_read(tmp_path):
 
 
 def test_a_row_of_csv_that_cannot_be_read_is_told_by_number(tmp_path):
-    rows = ["Hello, world", f'a,"{"[" * 10**5}"', "a,,1.5", "b,,007", "c,,true"]
+    rows = ["Hello, world", f'a,"{"[" * 10**5}"', "a,,1.5", "b,,007", "c,,true,,"]
     write_lines(tmp_path / "in.CSV", ["prompt,stop,custom_id", f"{rows[0]},b,c", *rows[1:]])
     bad, deep, *jobs = read_jobs(tmp_path / "in.CSV")
     assert bad == (2, "has more cells than the first line; put cells that hold commas in quotation marks")

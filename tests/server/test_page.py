@@ -11,6 +11,7 @@ import pytest
 from serving import running, tiny_generator  # noqa: F401  fixtures
 
 from qwen3fast import Generator
+from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.page import page as make_page
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -33,7 +34,7 @@ def browser():
 @pytest.fixture
 def view(browser, tiny_generator):  # noqa: F811
     """The page of a server with tiny, in a fresh profile; no script error may happen on it."""
-    with running({"tiny": tiny_generator}) as url:
+    with running({"tiny": tiny_generator}, ServerOptions(strict=True)) as url:
         context = browser.new_context(viewport={"width": 1200, "height": 800})
         view = context.new_page()
         errors: list[str] = []

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from importlib.resources import files
 from unittest import mock
 
 import pytest
@@ -107,6 +110,37 @@ CALLING = {"role": "assistant", "content": "I call", "tool_calls": [CALLED]}
 def test_what_cannot_be_done_is_refused_by_its_path(client, more, param):
     reply = client.post("/v1/chat/completions", json={**CHAT, **more})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("more", "instead"),
+    [
+        ({"guided_choice": ["a"]}, "use structured_outputs"),
+        ({"guided_grammar": "x"}, "use a JSON schema or a regular expression"),
+        ({"structured_outputs": {"grammar": "x"}}, "use a JSON schema or a regular expression"),
+        ({"prompt_logprobs": 0}, "/v1/completions gives them with echo and logprobs"),
+        ({"prompt": "a", "stream": True, "echo": True, "max_tokens": 0}, "is not available for 0 tokens"),
+    ],
+)
+def test_the_error_of_a_refused_field_names_the_remedy(client, more, instead):
+    path = "/v1/completions" if "prompt" in more else "/v1/chat/completions"
+    reply = client.post(path, json={**({} if "prompt" in more else CHAT), **more})
+    assert reply.status_code == 400 and instead in reply.json()["error"]["message"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node")
+def test_a_strict_server_takes_what_its_own_page_asks(tiny_generator):  # noqa: F811
+    script = (files("qwen3fast.server") / "web/page.js").read_text("utf-8")
+    request_of = re.search(r"^function requestOf.*?^}$", script, re.DOTALL | re.MULTILINE)[0]
+    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}, *CHAT["messages"]]
+    settings = {"system": "a", "temperature": "0", "max_tokens": "1", "thinking": True}
+    state = json.dumps({"model": "tiny", "settings": settings})
+    program = f"{request_of} const state = {state}; console.log(JSON.stringify(requestOf({json.dumps(messages)})))"
+    body = json.loads(subprocess.run(["node", "-e", program], capture_output=True, check=True).stdout)
+    app = create_app({"tiny": tiny_generator}, ServerOptions(strict=True))
+    status, events = asyncio.run(post(app, "/v1/chat/completions", body))
+    assert status == 200 and b'"usage"' in events, events
 
 
 @pytest.mark.parametrize(

@@ -372,8 +372,10 @@ def test_templates_that_loop_or_grow_end_with_an_error_that_names_them(template)
         tokenizer.apply_chat_template([USER])
 
 
-def test_a_large_text_is_refused_before_it_is_made():
-    tokenizer = templated("{{ range(99999) | join('x' * 1000) | length }}")  # 100 million characters
+@pytest.mark.parametrize("items", ["range(99999)", "loop"])
+def test_a_large_text_is_refused_before_it_is_made(items):
+    joined = f"{{{{ {items} | join('x' * 1000) | length }}}}"  # 100 million characters
+    tokenizer = templated(f"{{% for x in range(99999) %}}{{% if loop.first %}}{joined}{{% endif %}}{{% endfor %}}")
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="template_limits"):

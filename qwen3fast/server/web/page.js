@@ -190,7 +190,7 @@ function headers() {
 function requestOf(messages) {
   const s = state.settings;
   const sent = messages.map((m) => ({role: m.role, content: m.content, ...(m.tool_calls ? {tool_calls: m.tool_calls} : {})}));
-  const body = {model: state.model || undefined, messages: sent, stream: true, stream_options: {include_usage: true, continuous_usage_stats: true},
+  const body = {model: state.model || undefined, messages: sent, stream: true, stream_options: {include_usage: true},
     chat_template_kwargs: {enable_thinking: s.thinking}};
   if (s.system.trim()) body.messages = [{role: "system", content: s.system}, ...body.messages];
   if (s.temperature !== "") body.temperature = Number(s.temperature);
