@@ -82,8 +82,7 @@ GOALS: tuple[tuple[str, int, int, float | None], ...] = (
 CHUNK_TOKENS = 1000  # of a prompt
 # Of the H200's 989 TFLOP/s in bfloat16 (its data sheet), for products of a chunk: an assumption.
 GEMM_FLOP_S = 0.5 * 989e12
-# Steps of more rows than the fused step takes run compiled blocks, whose kernels are counted for chunks of prompts.
-FUSED_ROWS = 8
+FUSED_ROWS = 8  # at most; steps of more run compiled blocks
 
 PUBLISHED = """\
 | what | tokens/s | source |
@@ -122,7 +121,7 @@ def compiled_kernels(**changes: Any) -> tuple[int, int]:
     launches.update(step["own_launches"])
     layers = ModelConfig.named(SHAPE["model"]).num_hidden_layers
     of_layers = sum(launches.pop(f"qwen3fast::{name}", 0) for name in OF_LAYERS)
-    of_blocks = launches.pop("run_prefill_block", 0)
+    of_blocks = launches.pop("run_prefill_block", 0) + launches.pop("run_block", 0)
     return of_layers // layers + of_blocks, sum(launches.values()) + sum(step["eager_calls"].values())
 
 
@@ -157,8 +156,7 @@ def other_rows() -> list[str]:
             continue
         config = ModelConfig.named(size)
         size_bytes = model_bytes(size, weights) + batch * CONTEXTS[0] * config.kv_bytes_per_token(config.dtype)
-        labels = {} if batch <= FUSED_ROWS else {"step": "prompts", "batch_size": 8}
-        layer, beside = compiled_kernels(**labels)
+        layer, beside = compiled_kernels(**({} if batch <= FUSED_ROWS else {"batch_size": batch}))
         kernels = layer * config.num_hidden_layers + beside
         step_s = [size_bytes / COPY_BANDWIDTH + kernels * kernel_s for kernel_s in (KERNEL_S, GOAL_KERNEL_S)]
         cells = [size, weights, f"{batch}", f"{size_bytes / 1e9:.2f}", f"{kernels:,}"]
@@ -213,8 +211,8 @@ def print_others() -> None:
 ## Other weights, rows and prompts
 
 A step at a context of {CONTEXTS[0]}, with kernels at {low} and at {high} us. More than {FUSED_ROWS} rows run compiled
-blocks, whose kernels are taken from chunks of prompts: the record has no such step. The model knows nothing of
-arithmetic: unpacking weights, or the products of 64 rows, may take longer.
+blocks, whose kernels were counted for 0.6B. The model knows nothing of arithmetic: unpacking weights, or the products
+of 64 rows, may take longer.
 
 | size | weights | rows | GB a step | kernels | tokens/s | at {high} us |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |""")
