@@ -79,7 +79,7 @@ class Block:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all threads execute the instruction."""
+        """True if all threads execute the instruction."""
         return bool(self.active.all())
 
     def run(self) -> None:
@@ -137,7 +137,7 @@ class Block:
         return decode(bits, kind)
 
     def write(self, operand: str, numbers: Array, kind: str, known: Array | None = None) -> None:
-        """Write numbers of all threads to a register; those of threads that are not active are ignored.
+        """Write numbers of all threads to a register; numbers of threads that are not active are ignored.
 
         known: in which threads they are; by default where all operands are.
         """

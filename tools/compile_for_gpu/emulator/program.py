@@ -68,7 +68,7 @@ class Program(NamedTuple):
 
 
 class _Scopes:
-    """The blocks in braces that inline assembly has: names of one are not those of another."""
+    """The blocks in braces that inline assembly has: each has names of its own."""
 
     def __init__(self) -> None:
         self._names: list[dict[str, str]] = []
@@ -98,7 +98,7 @@ class _Scopes:
 
 
 def _statements(kernel: str) -> list[str]:
-    """Return statements, labels and braces of scopes; without comments, and without what is for debuggers."""
+    """Return statements, labels and braces of scopes; without comments and debug information."""
     found, unfinished = [], ""
     lines = [line.partition("//")[0].strip() for line in kernel[kernel.index("{") :].splitlines()]
     for line in lines:
