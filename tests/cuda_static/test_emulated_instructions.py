@@ -79,6 +79,11 @@ $L__BB0_2:
 SHARED = "mov.b32 %r5, global_smem;\nadd.s32 %r6, %r5, %r2;\nst.shared.b32 [ %r6 + 0 ], %r3;\nxor.b32 %r7, %r6, 128;\n"
 
 
+def test_copies_without_a_group_arrive_when_all_are_waited_for():
+    copy = "cp.async.ca.shared.global [%r6+0], [%rd1+0], 0x4;\ncp.async.wait_all;\n"
+    assert run(f"{SHARED}{copy}ld.shared.b32 %r4, [%r6];").tolist() == [0] * THREADS
+
+
 def test_other_warps_writes_are_there_after_a_barrier():
     assert run(f"{SHARED}bar.sync 0;\nld.shared.b32 %r4, [%r7];").tolist() == [i ^ 32 for i in range(THREADS)]
 
@@ -101,6 +106,8 @@ def test_other_warps_writes_are_there_after_a_barrier():
         ("mov.b32 %r5, global_smem;\nst.shared.b32 [%r5+1024], %r3;", "outside of the buffers"),
         (f"{SHARED}ld.shared.b32 %r4, [%r7];", "that another warp writes, without a barrier"),
         (f"{SHARED}ld.shared.b32 %r4, [%r6];\nst.shared.b32 [%r7], %r3;", "that another warp reads, without"),
+        (f"{SHARED}st.shared.b32 [%r7], %r3;", "write to shared memory that another warp writes"),
+        (f"{SHARED}cp.async.ca.shared.global [%r6+0], [%rd4+0], 0x4;\nld.shared.b32 %r4, [%r6];", "on its way"),
         ("setp.lt.s32 %p1, %r3, 40;\n@%p1 shfl.sync.idx.b32 %r4, %r3, 0, 31, -1;", "not all threads"),
         ("setp.lt.s32 %p1, %r3, 40;\n@%p1 bra $L__BB0_2;\nbar.sync 0;\n$L__BB0_2:\nmov.b32 %r4, 1;", "not all threads"),
         ("cp.async.ca.shared.global [%r2+0], [%rd4+0], 0x4;\nld.shared.b32 %r4, [%r2];", "that nothing wrote"),

@@ -67,8 +67,9 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """A block's shared memory. Between two barriers, one warp must not access what another writes.
+    """A block's shared memory.
 
+    Between two barriers, one warp must not access what another writes, unless both write the same.
     Of each byte it holds the warps that have read and written it since the last barrier, a bit each. An asynchronous
     copy is written when it is waited for.
     """
@@ -76,6 +77,7 @@ class SharedMemory:
     def __init__(self, size: int) -> None:
         self._bytes, self._is_written = np.full(size, POISON, np.uint8), np.zeros(size, bool)
         self._readers, self._writers = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
+        self._copies = np.zeros(size, np.uint32)  # of each byte, on their way
         self._issued: list[tuple[Array, Array, Array]] = []
         self._groups: list[list[tuple[Array, Array, Array]]] = []
 
@@ -86,17 +88,24 @@ class SharedMemory:
             raise EmulatorError("read of shared memory that nothing wrote")
         if (self._writers[places] & ~own).any():
             raise EmulatorError("read of shared memory that another warp writes, without a barrier")
+        if self._copies[places].any():
+            raise EmulatorError("read of shared memory that a copy is on its way to")
         np.bitwise_or.at(self._readers, places, own)
         return self._bytes[places]
 
     def store(self, first: Array, data: Array, warps: Array) -> None:
         """Write bytes [addresses, size]."""
         places = self._check_write(first, data.shape[1], warps)
+        others = self._writers[places] & ~(np.uint32(1) << warps.astype(np.uint32)[:, None])
+        if (others.astype(bool) & (self._bytes[places] != data)).any():
+            raise EmulatorError("write to shared memory that another warp writes, without a barrier")
         self._write(places, data, warps)
 
     def copy(self, first: Array, data: Array, warps: Array) -> None:
         """Begin to write bytes [addresses, size]."""
-        self._issued.append((self._check_write(first, data.shape[1], warps), data, warps))
+        places = self._check_write(first, data.shape[1], warps)
+        np.add.at(self._copies, places, 1)
+        self._issued.append((places, data, warps))
 
     def commit_copies(self) -> None:
         """Make a group of the copies since the last group."""
@@ -107,6 +116,7 @@ class SharedMemory:
         """End the copies of all groups except for the last ones."""
         while len(self._groups) > groups:
             for places, data, warps in self._groups.pop(0):
+                np.subtract.at(self._copies, places, 1)
                 self._write(places, data, warps)
 
     def barrier(self) -> None:

@@ -95,8 +95,11 @@ def copy(block: Block, found: Instruction) -> None:
     operands, modifiers = found.operands, set(found.parts[1:])
     if "commit_group" in modifiers:
         block.shared.commit_copies()
-    elif "wait_group" in modifiers or "wait_all" in modifiers:
-        block.shared.wait_for_copies(int(operands[0]) if operands else 0)
+    elif "wait_group" in modifiers:
+        block.shared.wait_for_copies(int(operands[0]))
+    elif "wait_all" in modifiers:
+        block.shared.commit_copies()
+        block.shared.wait_for_copies(0)
     elif "prefetch" in modifiers:
         pairs = zip(
             block.addresses(operands[0])[block.active],
