@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64  # tokens whose largest logit is found first, to find the most likely ones
@@ -99,7 +100,7 @@ def log_probabilities(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tenso
 
     token_B: int64, the chosen tokens. n: at most V.
     Returns: log-probabilities of the chosen tokens, (B,) float32 (0 for token -1); ids of the most likely tokens,
-    (B, N) int64, in descending order; their log-probabilities, (B, N) float32. Of equal logits, `torch.topk` takes any.
+    (B, N) int64, in descending order; their log-probabilities, (B, N) float32. Of equal logits, CPUs take the first.
     """
     logits_BV = logits_BV.float()
     logprob_BV = logits_BV.log_softmax(dim=-1)
@@ -113,12 +114,24 @@ def log_probabilities(logits_BV: Tensor, token_B: Tensor, n: int) -> tuple[Tenso
 
 
 def _largest(x_BV: Tensor, n: int) -> Tensor:
-    """Return the indices of `torch.topk`, found faster on CPUs: in the n blocks with the largest maxima."""
-    if x_BV.device.type != "cpu" or x_BV.shape[1] % BLOCK or n * BLOCK >= x_BV.shape[1]:
+    """Return the indices of the n largest numbers of each row, in descending order; on CPUs, of equal ones the first.
+
+    On CPUs, they are found in the n blocks with the largest maxima, which is faster than topk.
+    """
+    if x_BV.device.type != "cpu":
         return x_BV.topk(n, dim=-1).indices
-    x_BKS = x_BV.unflatten(1, (-1, BLOCK))
-    block_BN = x_BKS.amax(dim=2).topk(n, dim=-1, sorted=False).indices
-    some_BNS = x_BKS.gather(1, block_BN[..., None].expand(-1, -1, BLOCK))
-    at_BN = some_BNS.flatten(1).topk(n, dim=-1).indices
+    if n * BLOCK >= x_BV.shape[1]:
+        return _first_largest(x_BV, n)
+    missing = -x_BV.shape[1] % BLOCK
+    x_BKS = (F.pad(x_BV, (0, missing), value=-math.inf) if missing else x_BV).unflatten(1, (-1, BLOCK))
+    block_BN = _first_largest(x_BKS.amax(dim=2), n).sort().values
+    at_BN = _first_largest(x_BKS.gather(1, block_BN[..., None].expand(-1, -1, BLOCK)).flatten(1), n)
     ids_BN: Tensor = block_BN.gather(1, at_BN // BLOCK) * BLOCK + at_BN % BLOCK
     return ids_BN
+
+
+def _first_largest(x_BV: Tensor, n: int) -> Tensor:
+    bits_BV = torch.where(x_BV.isnan(), math.nan, x_BV + 0.0).view(torch.int32)  # one NaN, one zero
+    ordered_BV = torch.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV).long()  # as the numbers are, NaN above all
+    key_BV = (ordered_BV << 32) - torch.arange(x_BV.shape[1], device=x_BV.device)  # no two are equal
+    return key_BV.topk(n, dim=-1).indices

@@ -243,8 +243,7 @@ def test_log_probabilities_are_those_of_log_softmax(dtype, n, vocab_size):
     assert ids_BN.shape == values_BN.shape == (4, n)
     torch.testing.assert_close(chosen_B.double(), exact_BV.gather(1, token_B[:, None])[:, 0], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(values_BN.double(), exact_BV.topk(n).values, rtol=1e-6, atol=1e-5)
-    assert_same(logits_BV.gather(1, ids_BN), logits_BV.topk(n).values)  # which of equal ones is topk's to say
-    assert all(len(set(ids)) == n for ids in ids_BN.tolist())
+    assert_same(ids_BN, logits_BV.sort(descending=True, stable=True).indices[:, :n])  # of equal ones, the first
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
