@@ -527,18 +527,18 @@ def test_cuda_without_a_device_is_refused():
 
 
 @contextmanager
-def default_of(setting, value, before):
-    setting(value)
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        setting(before)
+        torch.set_default_dtype(torch.float32)
 
 
 SETTINGS = {
-    "bfloat16": lambda: default_of(torch.set_default_dtype, torch.bfloat16, torch.float32),
-    "float64": lambda: default_of(torch.set_default_dtype, torch.float64, torch.float32),
-    "meta": lambda: default_of(torch.set_default_device, "meta", None),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "meta": lambda: torch.device("meta"),
     "inference mode": torch.inference_mode,
 }
 
