@@ -9,6 +9,9 @@ Private parts of PyTorch are used only here, except for two operators in kernels
 - `torch._dynamo.config.error_on_nested_fx_trace`: while one thread compiles, PyTorch before 2.14 takes calls of
   compiled code in other threads for calls inside a trace and refuses them. Without the error, they run uncompiled for
   that moment.
+- `torch._C._ensureCUDADeviceGuardSet`: with a CUDA build of torch 2.11 and no GPU, the first thread that traces owns an
+  object that all others use, and takes it along when it ends: then tracing and backward passes crash. So it is called
+  before an engine's own thread traces.
 - `torch._C._cuda_endAllocateToPool` and `_cuda_releasePool`: if the end of a capture fails, the allocator continues as
   during a capture, which no public function can end.
 """
@@ -85,6 +88,8 @@ class StepCompiler:
         if mode not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', got {mode!r}")
         self.mode = mode
+        if mode and device.type == "cpu" and torch.version.cuda and "2.10" <= torch.__version__ < "2.13":
+            torch._C._ensureCUDADeviceGuardSet()
         can_compile = device.type != "cpu" or _has_cpp_compiler()
         self.enabled, self.lacks_compiler = bool(mode) and can_compile, bool(mode) and not can_compile
         self.thread: ThreadPoolExecutor | None = None

@@ -1,6 +1,8 @@
 """Compiled parts: their results, their recompilation, and the mode "auto"."""
 
 import contextlib
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -422,3 +424,21 @@ class InductorError(Exception):
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="compile must be True, False or 'auto', got 'fast'"):
         StepCompiler("fast", CPU)
+
+
+TRACED_BY_A_THREAD = """
+import threading, torch
+from qwen3fast.engine.compile import StepCompiler
+StepCompiler(True, torch.device("cpu"))
+thread = threading.Thread(target=lambda: torch.compile(torch.sin, backend="eager")(torch.ones(2)))
+thread.start()
+thread.join()
+others = [bytearray(8 * n) for n in range(1000)]
+torch.ones(2, requires_grad=True).sum().backward()
+torch.compile(torch.cos, backend="eager")(torch.ones(2))
+"""
+
+
+def test_the_thread_that_compiles_may_end():
+    done = subprocess.run([sys.executable, "-c", TRACED_BY_A_THREAD], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
