@@ -104,7 +104,8 @@ def test_its_library_is_whole_and_leaves_openmp_to_pytorch(wheel, tmp_path):
 def test_without_a_compiler_the_installed_wheel_uses_its_operations(wheel, tmp_path):
     run(sys.executable, "-m", "venv", str(tmp_path / "env"))  # with the pip that comes with Python
     python = str(tmp_path / "env/bin/python")
-    run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", str(wheel))
+    # Isolated: a PYTHONPATH that holds qwen3fast would count as installed.
+    run(python, "-I", "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", str(wheel))
     packages = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
     (packages / "others.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
     environment = {"PATH": str(tmp_path / "env" / "bin"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
