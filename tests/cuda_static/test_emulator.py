@@ -189,7 +189,7 @@ def assert_near(pairs, share=0.002):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiled_kernels_equal_their_plain_forms(case, code):
-    share = 0.01 if isinstance(case, Attention) else 0.002  # attention weights are in bfloat16, and sum up values of both signs
+    share = 0.01 if isinstance(case, Attention) else 0.002  # attention weights are bfloat16, values of both signs
     with device.emulated_launches(case.capability, code):
         assert_near(case(), share)
 
