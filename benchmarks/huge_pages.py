@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, folder: Path, harness: Harness) -> None:
             generator = Generator(model, max_seq_len=length, prefix_reuse=False, compile=True, threads=args.threads)
             generators[pages] = stack.enter_context(generator)
             generator.warmup()
-            facts[pages] = {"huge_bytes": float(huge_bytes() - before)}
+            facts[pages] = {"huge_bytes": max(0.0, float(huge_bytes() - before))}
         for context in args.contexts:
             tasks = []
             for pages, generator in generators.items():
