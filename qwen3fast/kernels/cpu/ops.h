@@ -145,7 +145,8 @@ QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* c
 // tiles_from: of attention. B T at least 8, otherwise sizes as of decode_layers. Only experts have orders of channels.
 QWEN3FAST_API void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                             const float* sin, const int64_t* position, const int64_t* row, int64_t T,
-                                            const int64_t* last, BFloat16* x, Tiles tiles, int64_t tiles_from, int64_t threads);
+                                            const int64_t* last, BFloat16* x, Tiles tiles, int64_t tiles_from,
+                                            int64_t threads);
 
 // All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes
 // as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none. Returns the share of
