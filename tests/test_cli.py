@@ -337,6 +337,20 @@ def test_info_tells_which_forms_were_measured_for_these_sizes(capsys, monkeypatc
     assert line == ("  prefill attention, 512 tokens at 2048, 16/8 heads of 128, bfloat16: SDPA (C++ 2 ms, SDPA 1 ms)")
 
 
+def test_info_tells_which_forms_of_experts_were_measured(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("QWEN3FAST_FORMS")
+    monkeypatch.setattr(forms_file, "path", lambda: tmp_path / "forms.json")
+    monkeypatch.setattr(forms, "measure", lambda calls: {"C++": [0.002] * 3, "dequantized": [0.001] * 3})
+    for inner in (768, 1536):
+        case = forms.FormCase("experts int4/int4", f"32 rows, 8 of 128 experts, {inner} x 2048", ("C++",), dict)
+        forms.measure_and_keep(case)
+    assert main(["info", "--model", "random:30b-a3b"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "experts int4" in line]
+    assert lines == [
+        "  experts int4/int4, 32 rows, 8 of 128 experts, 768 x 2048: dequantized (C++ 2 ms, dequantized 1 ms)"
+    ]
+
+
 def test_info_states_experts_without_making_them(capsys):
     assert main(["info", "--model", "random:30b-a3b"]) == 0
     out = capsys.readouterr().out

@@ -82,7 +82,7 @@ void run_blocks(Case& c, int64_t B, int64_t T, int64_t chunk, Tiles tiles, const
   const auto *layers = c.a[0].as<Layer>();
   const float *cos = c.a[2].as<float>(), *sin = c.a[3].as<float>();
   auto* const x = c.a[4].as<BFloat16>();
-  qwen3fast_use_tiles(tiles != kNoTiles);
+  const int64_t tiles_from = tiles ? 0 : INT64_MAX;
   for (int64_t first = 0, length; first < T; first += length) {
     length = T - first < chunk ? 1 : chunk;
     sizes.M = B * length;
@@ -97,7 +97,7 @@ void run_blocks(Case& c, int64_t B, int64_t T, int64_t chunk, Tiles tiles, const
     for (int64_t b = 0; b < B; b++) rows[b] = b;
     if (length > 1)
       qwen3fast_prefill_layers(layers, count, &sizes, cos, sin, position.data(), rows.data(), length, last, part.data(), tiles,
-                               c.threads);
+                               tiles_from, c.threads);
     else
       qwen3fast_decode_layers(layers, count, &sizes, cos, sin, position.data(), part.data(), nullptr, c.threads);
     for (int64_t m = 0; m < sizes.M; m++) std::copy_n(&part[m * E], E, token(m));
@@ -146,9 +146,8 @@ bool run(const std::string& name, Case& c, void* result) {
   } else if (name == "decode") {
     qwen3fast_decode_attention(x, a[1].as<Cache>(), a[2].as<int64_t>(), y, n[0], n[1], n[2], n[3], n[4], threads);
   } else if (name == "prefill" || name == "tiledpre") {
-    qwen3fast_use_tiles(name == "tiledpre");
     qwen3fast_prefill_attention(x, a[1].as<Cache>(), a[2].as<int64_t>(), a[3].as<int64_t>(), y, n[0], n[1], n[2], n[3], n[4],
-                                n[5], threads);
+                                n[5], name == "tiledpre" ? 0 : INT64_MAX, threads);
   } else if (name == "blocks" || name == "last" || name == "step") {
     const int64_t B = n[0], T = n[1], E = a[1].as<Sizes>()->E;
     const std::vector<int64_t> last(B, T - 1);

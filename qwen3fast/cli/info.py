@@ -90,11 +90,11 @@ def _forms(config: ModelConfig) -> list[str]:
     """Return the forms chosen on this machine for models of these sizes, in any format; see kernels/forms.py."""
     use_threads()  # times are of a number of threads
     heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
-    linear = {f"{config.intermediate_size} x {config.hidden_size}"}
+    products = {f"{n} x {config.hidden_size}" for n in (config.intermediate_size, config.moe_intermediate_size)}
     found = {
         f"{what}, {sizes}": choice
         for (what, sizes), choice in forms_file.all_kept().items()
-        if heads in sizes or (what.startswith("linear") and linear & set(sizes.split(", ")))
+        if heads in sizes or (what.startswith(("linear", "experts")) and products & set(sizes.split(", ")))
     }
     if forms.is_pinned():
         return [f"forms on this machine: the first of each, as {forms.VARIABLE} says"]

@@ -27,7 +27,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
     LayerWeight,
 )
 from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors, end_pointers
-from qwen3fast.kernels.cpu.structures import MANY_ROWS, NotServedError, Tiles, require
+from qwen3fast.kernels.cpu.structures import MANY_ROWS, NEVER, NotServedError, Tiles, require
 from qwen3fast.model import Block, FeedForward, MoE, Qwen3
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.experts import QuantizedExperts
@@ -104,14 +104,15 @@ class DecodeLayers:
         row_B: Tensor,
         tiles: Tiles,
         last_B: Tensor | None = None,
+        tiles_from: int = NEVER,
     ) -> Tensor:
         """Run all blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
 
-        Other arguments as of a step. tiles: of products, on processors that have them. last_B: int64, the only token
-        of each batch row whose result is needed; None for all.
+        Other arguments as of a step. tiles: of products, on processors that have them; tiles_from: see `tile_length`.
+        last_B: int64, the only token of each batch row whose result is needed; None for all.
         Returns: (B, T, E) bfloat16. Raises: ValueError for a position or row outside of the cache.
         """
-        return self._run.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B)
+        return self._run.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B, tiles_from)
 
     def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
         """Run all blocks for rows 0..B-1 of the cache, and write keys and values at position_B1.

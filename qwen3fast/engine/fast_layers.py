@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from qwen3fast.kernels.attention import sdpa
+from qwen3fast.kernels.compiling import is_compiling
 from qwen3fast.kernels.experts import chosen_linear, run_gathered, run_grouped
 from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.kernels.linear import Linear
@@ -22,6 +23,8 @@ class FastExperts(Experts):
 
     def gathered(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
         """Return the outputs of each token's active experts, (N, C, E), same dtype. expert_NC: int64, their numbers."""
+        if x_NE.device.type == "cpu" and not is_compiling():  # uncompiled, it would copy the weights
+            return self.grouped(x_NE, expert_NC)
         gate_up, down = (partial(chosen_linear, weight) for weight in (self.gate_up_proj, self.down_proj))
         return run_gathered(x_NE, expert_NC, gate_up, down)
 

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.kernels import cpu
@@ -31,6 +31,7 @@ from qwen3fast.kernels.cases import (
     SDPA,
     TILES,
     Calls,
+    experts_case,
     linear_case,
     prefill_attention_case,
 )
@@ -45,10 +46,12 @@ from qwen3fast.kernels.linear import Linear
 from qwen3fast.model import Qwen3, rope_tables
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
+from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.layers import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
+LINEAR_WORK = "linear "  # and the format of its weights
 BLOCKS = "block by block"  # instead of all in one operation in C++
 DECODE_BYTES = 2**27  # weights of the blocks that are measured: more than caches hold
 DECODE_POSITION = 100
@@ -58,9 +61,9 @@ WAITING = "until the next warmup() or process; measured meanwhile"
 class Forms:
     """The forms that the parts of one engine use.
 
-    sdpa_from: see kernels/cpu/prefill.py. block_rows: rows of decode steps that run block by block, not in the C++
-    operation for all blocks. choices: the reasons, by computation and sizes. Linear layers hold their own choice
-    (`limits`), which engines with the same model share.
+    sdpa_from, tiles_from: see kernels/cpu/prefill.py. block_rows: rows of decode steps that run block by block, not in
+    the C++ operation for all blocks. choices: the reasons, by computation and sizes. Linear layers and experts hold
+    their own choice (`limits`), which engines with the same model share.
     """
 
     def __init__(self, model: Qwen3 | None, cache: StaticKVCache, is_first: bool = False) -> None:
@@ -70,9 +73,10 @@ class Forms:
         faster.
         """
         self._is_first = is_first
-        self._layers = {} if model is None else layers_by_format(model)
+        self._layers = {} if model is None else layers_by_work(model)
         self._cases = [] if model is None else cases_of(model, cache)
         self.sdpa_from: tuple[int, ...] = ()
+        self.tiles_from: tuple[int, ...] = ()
         self.block_rows: frozenset[int] = frozenset()
         self.choices: dict[str, Choice] = {}
 
@@ -82,11 +86,11 @@ class Forms:
         Returns: whether a choice has changed; code that was compiled with the earlier one must be compiled again.
         Raises: ValueError as `kernels.forms.is_pinned`.
         """
-        before = (self.sdpa_from, self.block_rows, self._limits())
+        before = self._used()
         for case, is_in_time in self._timed_cases():
             self.choices[_label(case)] = choose(case, may_measure and is_in_time, self._is_first)
         self._use()
-        return before != (self.sdpa_from, self.block_rows, self._limits())
+        return before != self._used()
 
     def measure_ahead(self, threads: int, quiet: AbstractContextManager[Any]) -> None:
         """Measure forms without a measurement, and keep the results without using them.
@@ -121,15 +125,17 @@ class Forms:
     def of_chunks(self, num_tokens: int, size: int, used_length: int) -> Tiles | None:
         """Return the tiles of all products of chunks, if one operation may run all blocks.
 
-        None: a part is faster in a form of PyTorch's, which that operation does not have.
+        None: a part is faster in a form that this operation does not have: PyTorch's, and of experts any but the C++.
         num_tokens: of all chunks, of `size` tokens each. used_length: of the longest prompt, after its chunk.
         """
         if self.sdpa_from and used_length >= self.sdpa_from[chunk_class(size)]:
             return None
-        limits = self._limits().values()
-        if any(num_tokens >= limit.dequantized for limit in limits):
+        limits = self._limits()
+        linears = [limit for what, limit in limits.items() if what.startswith(LINEAR_WORK)]
+        experts = [min(limit) for what, limit in limits.items() if not what.startswith(LINEAR_WORK)]
+        if any(num_tokens >= limit for limit in (*experts, *(limit.dequantized for limit in linears))):
             return None
-        kinds = {limit.tiles_at(num_tokens) if tiles.are_usable() else Tiles.NONE for limit in limits}
+        kinds = {limit.tiles_at(num_tokens) if tiles.are_usable() else Tiles.NONE for limit in linears}
         if Tiles.INT8 in kinds:  # which multiplies weights in other formats by tiles of bfloat16
             kinds -= {Tiles.BFLOAT16}
         return kinds.pop() if len(kinds) == 1 else None
@@ -144,19 +150,22 @@ class Forms:
         for case, name in names.items():
             by_what.setdefault(case.what, {})[case.sizes] = name
         attention = by_what.get("prefill attention", {})
-        lengths = tuple(_from_length(attention, chunk) for chunk in CHUNKS)
-        self.sdpa_from = lengths if any(length != NEVER for length in lengths) else ()
+        self.sdpa_from = _lengths(attention, SDPA)
+        self.tiles_from = _lengths(attention, TILES, SDPA)
         self.block_rows = frozenset(rows for (rows,), name in by_what.get("decode", {}).items() if name == BLOCKS)
-        for format, layers in self._layers.items():
-            at = [(case.sizes[0], name) for case, name in names.items() if case.what == f"linear {format}"]
+        for what, layers in self._layers.items():
+            at = [(case.sizes[0], name) for case, name in names.items() if case.what == what]
             forms = (INT8_TILES, TILES, DEQUANTIZED, LINEAR)
             limits = RowLimits(*(used_from(at, *forms[i:]) for i in range(3)))
             for layer in layers:
                 if layer.limits != limits:
                     layer.limits = limits
 
+    def _used(self) -> tuple[Any, ...]:
+        return self.sdpa_from, self.tiles_from, self.block_rows, self._limits()
+
     def _limits(self) -> dict[str, RowLimits]:
-        return {format: layers[0].limits for format, layers in self._layers.items()}
+        return {what: layers[0].limits for what, layers in self._layers.items()}
 
 
 def cases_of(model: Qwen3, cache: StaticKVCache) -> list[FormCase]:
@@ -167,10 +176,7 @@ def cases_of(model: Qwen3, cache: StaticKVCache) -> list[FormCase]:
     cases = []
     if config.head_dim % (2 * LANES) == 0:
         cases = prefill_cases(config, cache.keys[0].dtype, cache.allocated_len)
-    for format, layers in layers_by_format(model).items():
-        largest = largest_weight(layers[: 7 * 4])
-        cases += [linear_case(rows, largest, format) for rows in ROWS]
-    return cases + decode_cases(model, cache.keys[0].dtype, cache.max_batch_size)
+    return cases + product_cases(model, ROWS) + decode_cases(model, cache.keys[0].dtype, cache.max_batch_size)
 
 
 def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -> list[FormCase]:
@@ -184,6 +190,19 @@ def prefill_cases(config: ModelConfig, dtype: torch.dtype, allocated_len: int) -
     ]
 
 
+def product_cases(model: Qwen3, all_rows: Sequence[int]) -> list[FormCase]:
+    """Return products of each kind of weight, for each number of rows: of the largest one, and of the first experts."""
+    cases: list[FormCase] = []
+    for what, layers in layers_by_work(model).items():
+        if isinstance(layers[0], QuantizedExperts):
+            weights, chosen = layers[0].operands(), model.config.num_experts_per_tok
+            cases += [experts_case(what, rows, chosen, *weights) for rows in all_rows]
+        else:
+            largest = largest_weight(layers[: 7 * 4])
+            cases += [linear_case(rows, largest, what.removeprefix(LINEAR_WORK)) for rows in all_rows]
+    return cases
+
+
 def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[FormCase]:
     """Return some blocks of a decode step, for each number of rows that steps have; nothing without an operation."""
     config, blocks = model.config, len(model.model.layers)
@@ -195,7 +214,7 @@ def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[
     all_rows = {min(1 << (n - 1).bit_length(), max_batch_size) for n in range(1, max_batch_size + 1)}
     heads = f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}"
     sizes = f"{config.hidden_size} hidden, {config.intermediate_size} intermediate, {heads}"
-    formats = ", ".join(layers_by_format(model))
+    formats = ", ".join(what.removeprefix(LINEAR_WORK) for what in layers_by_work(model))
     kind = str(dtype).removeprefix("torch.")
     return [
         FormCase(
@@ -235,14 +254,20 @@ def _decode_calls(model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> C
     return {CPP: all_blocks, BLOCKS: block_by_block}
 
 
-def layers_by_format(model: Qwen3) -> Mapping[str, list[Linear | QuantizedLinear]]:
-    """Return the blocks' linear layers of each format that has C++ operations, in the order of the model."""
-    found: dict[str, list[Linear | QuantizedLinear]] = {}
+def layers_by_work(model: Qwen3) -> Mapping[str, list[Any]]:
+    """Return the blocks' linear layers and experts with C++ operations, of each format, in the order of the model."""
+    found: dict[str, list[Linear | QuantizedLinear | QuantizedExperts]] = {}
+    inside: set[nn.Module] = set()  # of experts
     for layer in model.model.layers.modules():
-        if isinstance(layer, QuantizedLinear) and "cpu" in layer.format.devices:
-            found.setdefault(layer.format.name, []).append(layer)
+        if isinstance(layer, QuantizedExperts):
+            inside.update(layer.children())
+            formats = [part.format for part in (layer.gate_up_proj, layer.down_proj)]
+            if all("cpu" in format.devices for format in formats):
+                found.setdefault("experts " + "/".join(format.name for format in formats), []).append(layer)
+        elif isinstance(layer, QuantizedLinear) and "cpu" in layer.format.devices and layer not in inside:
+            found.setdefault(LINEAR_WORK + layer.format.name, []).append(layer)
         elif isinstance(layer, Linear) and layer.weight.dtype == torch.bfloat16:
-            found.setdefault(BFLOAT16, []).append(layer)
+            found.setdefault(LINEAR_WORK + BFLOAT16, []).append(layer)
     return found
 
 
@@ -255,11 +280,14 @@ def largest_weight(layers: Iterable[Linear | QuantizedLinear]) -> tuple[Tensor, 
     return max(weights, key=lambda weight: weight[0].numel())
 
 
-def _from_length(names: Mapping[tuple[int, ...], str], chunk: int) -> int:
-    """Return the used length from which SDPA serves chunks of a class; 0 if it does at all lengths."""
-    at = [(length, name) for (tokens, length), name in names.items() if tokens == chunk]
-    limit = used_from(at, SDPA)
-    return 0 if at and limit == at[0][0] else limit
+def _lengths(names: Mapping[tuple[int, ...], str], *forms: str) -> tuple[int, ...]:
+    """Return the used length from which one of these forms serves each class of chunks, 0 for all; () if none does."""
+    lengths = []
+    for chunk in CHUNKS:
+        at = [(length, name) for (tokens, length), name in names.items() if tokens == chunk]
+        limit = used_from(at, *forms)
+        lengths.append(0 if at and limit == at[0][0] else limit)
+    return tuple(lengths) if min(lengths) != NEVER else ()
 
 
 def _label(case: FormCase) -> str:

@@ -91,7 +91,7 @@ def run_prefill_block(
     *cache: Any,
 ) -> Tensor:
     """Run one block over a chunk of a prompt, with the forms of attention that were chosen."""
-    layer = CacheLayer(*cache)._replace(sdpa_from=forms.sdpa_from)
+    layer = CacheLayer(*cache)._replace(sdpa_from=forms.sdpa_from, tiles_from=forms.tiles_from)
     y_BTE: Tensor = block(x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, layer)
     return y_BTE
 

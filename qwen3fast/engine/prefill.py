@@ -23,6 +23,7 @@ from qwen3fast.engine.prompt_logprobs import WantedLogprobs, chunk_logprobs
 from qwen3fast.engine.staging import staged, to_device
 from qwen3fast.engine.state import EMPTY, Logprobs
 from qwen3fast.kernels.attention import finds_used_length_of_chunks
+from qwen3fast.kernels.cpu.prefill import tile_length
 
 # One more chunk reads all weights once more, which takes as long as this many more tokens in a chunk. Extrapolated from
 # the times of 32 and 512 tokens: about 20 on the machine of benchmarks/results, 40 on a faster one (32ad6ce).
@@ -228,7 +229,8 @@ def prefill_chunk(
         tiles = parts.forms.of_chunks(num_tokens, size, length)
         if tiles is not None:
             last_B = None if lasts is None else torch.tensor(lasts, device="cpu")
-            return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B)
+            tiles_from = tile_length(parts.forms.tiles_from, size)
+            return layers.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B, tiles_from)
     cos_BTD, sin_BTD = cos_SD[position_BT], sin_SD[position_BT]
     for block, layer in zip(model.model.layers, cache.layers(row_B), strict=True):
         x_BTE = parts.prefill_block(block, x_BTE, cos_BTD, sin_BTD, position_BT, mask_BTL, *layer.tensors)

@@ -46,7 +46,7 @@ def cached_attention(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL
     It may be None in steps where `finds_used_length` and in chunks where `finds_used_length_of_chunks`. Without rows
     (`cache.row_B` is None: decode) batch row b is slot b; with rows (prefill) the T queries of a batch row stand at
     consecutive positions, and the queries of a single batch row at the last of the L positions.
-    cache.sdpa_from: see kernels/cpu/prefill.py.
+    cache.sdpa_from, cache.tiles_from: see kernels/cpu/prefill.py.
     """
     for form in FORMS:
         if form.serves(q_BTHD, cache) and form.has_mask in (None, mask_BTL is not None):
@@ -159,6 +159,7 @@ def _cpp_prefill(q_BTHD: Tensor, cache: Cache, position_BT: Tensor, mask_BTL: Te
         cache.k_scale_RKS,
         cache.v_scale_RKS,
         cache.sdpa_from,
+        cache.tiles_from,
     )
     return y_BTHD.transpose(1, 2)
 

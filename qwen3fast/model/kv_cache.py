@@ -114,8 +114,9 @@ class CacheLayer(NamedTuple):
 
     row_B: (B,) int64, the slot of each batch row; None means slots 0..B-1 in order, which needs no gathering.
     k_scale_RKS, v_scale_RKS: float32, for an int8 cache one scale per key vector and per value vector; otherwise None.
-    sdpa_from: a setting, not memory: the used lengths from which PyTorch's attention (SDPA) takes over from our C++ for
-        chunks of prompts on CPUs, one per size of chunk (kernels/cpu/prefill.py); empty for never.
+    sdpa_from, tiles_from: settings, not memory: the used lengths from which PyTorch's attention (SDPA) and AMX's tiles
+        take over from our C++ for chunks of prompts on CPUs, one per size of chunk (kernels/cpu/prefill.py); empty for
+        never.
     """
 
     k_RKSD: Tensor
@@ -124,11 +125,12 @@ class CacheLayer(NamedTuple):
     k_scale_RKS: Tensor | None = None
     v_scale_RKS: Tensor | None = None
     sdpa_from: tuple[int, ...] = ()
+    tiles_from: tuple[int, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All fields except `sdpa_from`: tensors, or None."""
-        return self[:-1]
+        """All fields except settings: tensors, or None."""
+        return self[:-2]
 
     def write(self, k_BTKD: Tensor, v_BTKD: Tensor, position_BT: Tensor) -> None:
         """Store new keys and values in place.

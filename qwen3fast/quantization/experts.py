@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qwen3fast.kernels import cuda
 from qwen3fast.kernels.compiling import is_compiling
+from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.kernels.experts import run_gathered, run_grouped
 from qwen3fast.kernels.grouped import grouped_linear
 from qwen3fast.model.moe import Experts
@@ -29,8 +30,10 @@ class QuantizedExperts(nn.Module):
     """The weights of all experts as two tall layers, which may have different formats.
 
     Each expert's rows follow the previous expert's. Where gate_up_proj is an OrderedLinear, gate_proj and up_proj of
-    each expert have orders of their own.
+    each expert have orders of their own. limits: see QuantizedLinear; here of tokens.
     """
+
+    limits: RowLimits = RowLimits()
 
     def __init__(self, gate_up_proj: QuantizedLinear, down_proj: QuantizedLinear, num_experts: int) -> None:
         super().__init__()
@@ -65,11 +68,16 @@ class QuantizedExperts(nn.Module):
         return run_grouped(x_NE, expert_NC, self.num_experts, gate_up, down)
 
     def _in_one_operation(self, x_NE: Tensor, expert_NC: Tensor) -> Tensor:
+        gate_up, down = self.operands()
+        y_NCE: Tensor = torch.ops.qwen3fast.quantized_experts(x_NE.bfloat16(), expert_NC, gate_up, down, self.limits)
+        return y_NCE.to(x_NE.dtype)
+
+    def operands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return gate_up and down as `torch.ops.qwen3fast.quantized_experts` takes them."""
         gate_up, down = ([*layer.format.operands(layer.packed)] for layer in (self.gate_up_proj, self.down_proj))
         if isinstance(self.gate_up_proj, OrderedLinear):
             gate_up.append(self.gate_up_proj.input_order)
-        y_NCE: Tensor = torch.ops.qwen3fast.quantized_experts(x_NE.bfloat16(), expert_NC, gate_up, down)
-        return y_NCE.to(x_NE.dtype)
+        return gate_up, down
 
     def _chosen_by_kernel(self, layer: QuantizedLinear, x_PK: Tensor, expert_P: Tensor) -> Tensor:
         P, matrices, is_fp8 = len(x_PK), self.num_experts, layer.format.name == "fp8"

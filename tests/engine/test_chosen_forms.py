@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,11 @@ from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.fast_layers import use_fast_layers
-from qwen3fast.engine.forms import BLOCKS, WAITING, cases_of
+from qwen3fast.engine.forms import BLOCKS, LINEAR_WORK, WAITING, cases_of
 from qwen3fast.kernels import cpu, forms, forms_file
 from qwen3fast.kernels.cases import CPP, DEQUANTIZED, INT8_TILES, LINEAR, ROWS, SDPA, TILES
 from qwen3fast.kernels.compiling import operations
+from qwen3fast.kernels.cpu import experts as experts_operation
 from qwen3fast.kernels.cpu import prefill, tiles
 from qwen3fast.kernels.cpu.ops import dequantized_linear
 from qwen3fast.kernels.cpu.structures import RowLimits, Tiles, packed_linear
@@ -31,6 +33,7 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 NEVER = forms.NEVER
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +71,8 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(StepCompiler, "compile", with_operations)
 
 
-def small_model(format=None):
-    config = small_config(hidden_size=64, intermediate_size=96, head_dim=32, dtype=torch.bfloat16)
+def small_model(format=None, **sizes):
+    config = small_config(hidden_size=64, intermediate_size=96, head_dim=32, dtype=torch.bfloat16, **sizes)
     model = randomized(config).bfloat16()
     if format is not None:
         quantize_model(model, format, torch.bfloat16)
@@ -130,9 +133,31 @@ def test_prefill_attention_chooses_by_chunk_and_used_length(tokens, used, limits
     assert bool(calls) == expected
 
 
+@pytest.mark.parametrize(
+    ("tokens", "limits", "expected"),
+    [
+        (32, [32, NEVER, NEVER], [True, True]),
+        (32, [33, 0, 0], [True, False]),
+        (33, [0, 98, 0], [False, False]),
+        (33, [], [False, False]),
+    ],
+)
+def test_each_row_of_prefill_attention_is_multiplied_by_tiles_from_a_used_length(tokens, limits, expected, monkeypatch):
+    """Tiles take 32 positions at a time, and vectors 16: what is not a number tells how far the first queries read."""
+    monkeypatch.setattr(tiles, "_are_usable", True)
+    k, v, *_ = cached(torch.bfloat16, positions=100)
+    v[2, :, 84] = v[0, :, 20] = float("nan")
+    q, rows = random_tensor(2, tokens, 4, 64).bfloat16(), torch.tensor([2, 0])
+    position = torch.arange(tokens) + torch.tensor([[64], [0]])
+    run = partial(torch.ops.qwen3fast.prefill_attention, q, k, v, position, rows, None, None, [])
+    assert run(limits)[:, :16].isnan().flatten(1).any(dim=1).tolist() == expected
+    monkeypatch.setattr(tiles, "_are_usable", False)
+    assert not run([0, 0, 0])[:, :16].isnan().any()
+
+
 def test_prefill_attention_refuses_another_number_of_limits():
     k, q = torch.zeros(1, 1, 8, 32, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 32, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="prefill_attention: sdpa_from needs 3 lengths, or none"):
+    with pytest.raises(ValueError, match="prefill_attention: a form needs 3 lengths, or none"):
         torch.ops.qwen3fast.prefill_attention(q, k, k, torch.tensor([[0]]), torch.tensor([0]), None, None, [1])
 
 
@@ -172,14 +197,18 @@ def test_uncompiled_quantized_layers_warn_where_operations_are_missing(format, i
     assert all("install a wheel of qwen3fast" in text and "apt-get install g++" in text for text in told)
 
 
-@pytest.mark.parametrize("format", [None, "int4", "fp8"])
+@pytest.mark.parametrize(
+    ("format", "sizes"), [(None, {}), ("int4", {}), ("fp8", {}), ("int4", EXPERTS), ("lossless", EXPERTS)]
+)
 @torch.no_grad()
-def test_all_cases_run_in_all_forms(format):
-    model = small_model(format)
+def test_all_cases_run_in_all_forms(format, sizes):
+    model = small_model(format, **sizes)
     use_fast_layers(model)
     cache = StaticKVCache(model.config, 4, 700, torch.bfloat16, CPU)
     cases = cases_of(model, cache)
-    assert {case.what for case in cases} == {"prefill attention", "decode", f"linear {format or 'bfloat16'}"}
+    products = {f"linear {format or 'bfloat16'}", *({f"experts {format}/{format}", "linear bfloat16"} if sizes else ())}
+    assert {case.what for case in cases} == {"prefill attention", "decode"} | products
+    assert not any("2048 x 64" in case.key for case in cases)  # all experts' weights are no product
     assert [case.sizes for case in cases if case.what == "decode"] == [(1,), (2,), (4,)]
     assert len({forms.machine_key(case) for case in cases}) == len(cases)
     for case in cases:
@@ -247,12 +276,65 @@ def test_tiles_are_measured_where_the_processor_announces_them_and_used_where_th
     names = {name for choice in engine.parts.forms.choices.values() for name in choice.seconds}
     assert (INT8_TILES in names) == (format == "int8") and TILES in names
     assert layer.limits == RowLimits(**limits)
+    assert engine.parts.forms.tiles_from == ((0, 0, NEVER) if won == TILES else ())
     x = random_tensor(ROWS[0], layer.in_features).bfloat16()
     before = layer(x)  # in C++ without tiles: trying them failed
     monkeypatch.setattr(tiles, "_are_usable", True)
     weight = packed_linear(layer.weight_packed, layer.weight_scale)
     assert torch.equal(layer(x), tiles.tile_linear(x, [weight], kind) if kind else before)
     assert torch.equal(layer(x), before) == (kind == Tiles.NONE)
+
+
+@pytest.mark.parametrize("options", [{}, {"forms": "first"}])
+def test_chunks_have_attention_by_tiles_where_it_is_faster(options, faster, uncompiled, monkeypatch):
+    monkeypatch.setattr(tiles, "are_announced", lambda: True)
+    monkeypatch.setattr(tiles, "_are_usable", True)
+    faster(TILES)
+    engine, seen, real = small_engine(small_model(), **options), [], DecodeLayers.prefill
+    monkeypatch.setattr(DecodeLayers, "prefill", lambda *a: seen.append(a[-1]) or real(*a))
+    assert engine.prefill_whole(0, random_ids(1, 40)[0].tolist()).isfinite().all()
+    assert set(seen) == {NEVER if options else 0}
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
+def test_experts_are_multiplied_one_by_one_from_a_number_of_tokens(format, monkeypatch):
+    monkeypatch.setattr(tiles, "_are_usable", True)
+    experts = small_model(format, **EXPERTS).model.layers[0].mlp.experts
+    x, expert = random_tensor(6, 64).bfloat16(), torch.stack([torch.randperm(16)[:2] for _ in range(6)])
+    in_cpp, results = experts.grouped(x, expert), {}
+    for limits in [{"dequantized": 6}, {"dequantized": 7}, {"tiles": 6}, {"tiles": 5, "dequantized": 6}]:
+        experts.limits = RowLimits(**limits)
+        results[tuple(limits.items())] = experts.grouped(x, expert)
+    dequantized, below, by_tiles, both = results.values()
+    gate_up, plain = (experts.dequantize(layer) for layer in (experts.gate_up_proj, experts.down_proj))
+    inner = torch.einsum("ne,ncie->nci", x.float(), gate_up[expert])
+    gate, up = inner.chunk(2, dim=-1)
+    expected = torch.einsum("nci,ncei->nce", torch.nn.functional.silu(gate) * up, plain[expert])
+    for y in (in_cpp, dequantized, by_tiles):
+        assert_near(y, expected, torch.bfloat16)
+    assert torch.equal(below, in_cpp) and torch.equal(both, dequantized) and not torch.equal(dequantized, in_cpp)
+    with pytest.raises(ValueError, match="is not one of the 16 experts'"):
+        experts.grouped(x, expert + 15)
+
+
+@pytest.mark.parametrize("won", [DEQUANTIZED, TILES, CPP])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_engine_multiplies_experts_in_the_faster_form(won, is_first, faster, uncompiled, monkeypatch):
+    monkeypatch.setattr(tiles, "are_announced", lambda: True)
+    monkeypatch.setattr(tiles, "_are_usable", True)
+    monkeypatch.setenv(forms.VARIABLE, "first" if is_first else "measured")
+    faster(won)
+    model = small_model("int4", **EXPERTS)
+    engine = small_engine(model)
+    choices = {label: choice for label, choice in engine.parts.forms.choices.items() if label.startswith("experts")}
+    assert next(iter(choices)) == "experts int4/int4, 32 rows, 2 of 16 experts, 64 x 64" and len(choices) == len(ROWS)
+    assert {choice.name for choice in choices.values()} == {CPP if is_first else won}
+    calls = []
+    real = experts_operation.experts_one_by_one
+    monkeypatch.setattr(experts_operation, "experts_one_by_one", lambda *a: calls.append(a[-1]) or real(*a))
+    ids = random_ids(1, 40)[0].tolist()
+    assert engine.prefill_whole(0, ids).isfinite().all()
+    assert bool(calls) == (won != CPP and not is_first)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +375,8 @@ def test_chunks_run_in_one_operation_where_no_form_of_pytorch_s_is_faster(limits
 def test_chunks_of_two_formats_run_in_one_operation_where_it_has_both_forms(int8, int4, expected, monkeypatch):
     monkeypatch.setattr(tiles, "_are_usable", True)
     chosen = small_engine(small_model(), forms="first").parts.forms
-    chosen._layers = {"int8": [SimpleNamespace(limits=int8)], "int4": [SimpleNamespace(limits=int4)]}
+    layers = {LINEAR_WORK + name: [SimpleNamespace(limits=at)] for name, at in (("int8", int8), ("int4", int4))}
+    chosen._layers = layers | {"experts int4": [SimpleNamespace(limits=RowLimits())]}
     assert chosen.of_chunks(64, 64, 100) is expected
 
 

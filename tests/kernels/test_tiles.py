@@ -157,17 +157,11 @@ def test_not_a_number_stays_in_its_row():
     assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
 
 
-@pytest.fixture
-def attention_by_tiles():
-    cpu.library.functions().qwen3fast_use_tiles(True)
-    yield
-    cpu.library.functions().qwen3fast_use_tiles(tiles.are_usable())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(("tokens", "first"), [(1, 0), (7, 90), (40, 0), (70, 3), (150, 0)])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (8, 1)])
-def test_attention_of_prefill(heads, tokens, first, dtype, attention_by_tiles):
+def test_attention_of_prefill(heads, tokens, first, dtype, monkeypatch):
+    monkeypatch.setattr(tiles, "_are_usable", True)
     (H, K), D, S = heads, 64, 160
     q = random_tensor(1, tokens, H, D).bfloat16()
     k, v = (random_tensor(2, K, S, D, seed=s).bfloat16() for s in (1, 2))
@@ -176,7 +170,9 @@ def test_attention_of_prefill(heads, tokens, first, dtype, attention_by_tiles):
         ((k, None), (v, None)) if dtype == torch.bfloat16 else map(quantize_vectors, (k, v))
     )
     position = torch.arange(first, first + tokens)[None]
-    y = torch.ops.qwen3fast.prefill_attention(q, keys, values, position, torch.tensor([1]), k_scale, v_scale)
+    y = torch.ops.qwen3fast.prefill_attention(
+        q, keys, values, position, torch.tensor([1]), k_scale, v_scale, [], [0] * 3
+    )
     used = first + tokens
     k, v = (
         (x if s is None else x * s[..., None])[1:, :, :used].float() for x, s in ((keys, k_scale), (values, v_scale))
@@ -194,16 +190,12 @@ def test_sizes_that_are_not_served_are_refused(N, K):
 
 @pytest.mark.parametrize("is_right", [True, False])
 def test_tiles_that_are_announced_are_used_only_after_a_trial(is_right, monkeypatch):
-    used = []
-    fake = SimpleNamespace(
-        qwen3fast_try_tiles=lambda: is_right,
-        qwen3fast_use_tiles=lambda are_used: used.append(are_used),
-    )
+    fake = SimpleNamespace(qwen3fast_try_tiles=lambda: is_right)
     monkeypatch.setattr(tiles, "are_announced", lambda: True)
     monkeypatch.setattr(tiles, "functions", lambda: fake)
     monkeypatch.setattr(tiles, "_are_usable", False)  # restored afterwards
     tiles.try_tiles()
-    assert tiles.are_usable() is is_right and used == [is_right]
+    assert tiles.are_usable() is is_right
 
 
 @pytest.mark.skipif(tiles.are_announced(), reason="this processor has tiles")

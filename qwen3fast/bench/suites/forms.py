@@ -17,9 +17,9 @@ from qwen3fast.bench.session import Session
 from qwen3fast.bench.suites.suite import Suite
 from qwen3fast.bench.table import Columns
 from qwen3fast.engine.fast_layers import use_fast_layers
-from qwen3fast.engine.forms import decode_cases, largest_weight, layers_by_format
+from qwen3fast.engine.forms import decode_cases, product_cases
 from qwen3fast.kernels import cpu, forms
-from qwen3fast.kernels.cases import CPP, ROWS, linear_case, prefill_attention_case
+from qwen3fast.kernels.cases import CPP, ROWS, prefill_attention_case
 from qwen3fast.kernels.cpu.prefill import CHUNKS
 from qwen3fast.model.kv_cache import parse_cache_dtype
 
@@ -52,9 +52,7 @@ def _cases(session: Session, format: str) -> Iterator[forms.FormCase]:
         for length in sorted({chunk, *(n for n in o.contexts if n > chunk)}):
             yield prefill_attention_case(chunk, length, heads, dtype)
     use_fast_layers(model)
-    for name, layers in layers_by_format(model).items():
-        largest = largest_weight(layers)
-        yield from (linear_case(rows, largest, name) for rows in FEW_ROWS + ROWS)
+    yield from product_cases(model, FEW_ROWS + ROWS)
     yield from decode_cases(model, dtype, max(o.batch_sizes))
 
 

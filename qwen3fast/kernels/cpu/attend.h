@@ -125,4 +125,5 @@ class DecodeAttention {
 
 // Attention of chunks of prompts, as qwen3fast_prefill_attention; q's tokens are q_stride numbers apart.
 void attend_chunks(const BFloat16* q, int64_t q_stride, const Cache& cache, const int64_t* position, const int64_t* row,
-                   BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads);
+                   BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, int64_t tiles_from,
+                   int64_t threads);

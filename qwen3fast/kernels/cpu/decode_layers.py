@@ -16,6 +16,7 @@ from qwen3fast.kernels.cpu.structures import (
     GROUP,
     LANES,
     MANY_ROWS,
+    NEVER,
     Adapters,
     Layer,
     LinearPointers,
@@ -165,11 +166,13 @@ class DecodeLayersCall:
         row_B: Tensor,
         tiles: Tiles = Tiles.NONE,
         last_B: Tensor | None = None,
+        tiles_from: int = NEVER,
     ) -> Tensor:
         """Run the blocks for a chunk of a prompt per batch row, in rows row_B (int64) of the cache.
 
         Arguments as of a step; B * T at least MANY_ROWS. tiles: of products, see tiles.cpp. last_B: int64, the
-        only token of each batch row whose result is needed; None for all.
+        only token of each batch row whose result is needed; None for all. tiles_from: the used length from which
+        attention is made by tiles.
         Returns: (B, T, E). Raises: ValueError as a step, and where other weights than experts' have orders of channels.
         """
         B, T, _ = x_BTE.shape
@@ -194,6 +197,7 @@ class DecodeLayersCall:
             None if last is None else last.data_ptr(),
             y_BTE.data_ptr(),
             tiles,
+            tiles_from,
             torch.get_num_threads(),
         )
         return y_BTE

@@ -1,28 +1,35 @@
 """Routed experts as one operation, `torch.ops.qwen3fast.quantized_experts` (experts.cpp).
 
-The experts' numbers are read when it runs: compiled code does not depend on them.
+The experts' numbers are read when it runs: compiled code does not depend on them. Neither does it depend on the number
+of tokens, from which other forms take over where these were measured to be faster (kernels/forms.py).
 
 N tokens   C experts per token   E hidden_size
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import byref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.library import functions
-from qwen3fast.kernels.cpu.structures import address, packed_linear, require
+from qwen3fast.kernels.cpu.ops import quantized_linear
+from qwen3fast.kernels.cpu.structures import NEVER, RowLimits, address, packed_linear, require
 from qwen3fast.kernels.define import define
 
 
-def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+def quantized_experts(
+    x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], down: list[Tensor], limits: Sequence[int] = ()
+) -> Tensor:
     """Return down(silu(gate(x)) * up(x)) of the routed experts, (N, C, E) bfloat16.
 
     x_NE: bfloat16. expert_NC: int64. gate_up, down: packed bytes and scales of all experts' weights one below the
     other, gate before up in each, as `Packed` in quantization/formats.py. gate_up may have a third tensor, (2X, E)
-    int32: the input channel of each column, for gate and up of each expert.
+    int32: the input channel of each column, for gate and up of each expert. limits: `RowLimits` of N, as a
+    sequence of numbers; empty for the C++ operation alone, which any order of channels needs.
     Raises: ValueError for other dtypes, inconsistent shapes, or a number outside the experts or channels.
     """
     N, E = x_NE.shape
@@ -45,6 +52,9 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
     )
     for order in gate_up[2:]:
         first.order = address("quantized_experts: an order", order, torch.int32, 2 * X, E)
+    if min(RowLimits(*limits)) <= N and len(gate_up) == 2 and bool((expert_NC.clamp(0, X - 1) == expert_NC).all()):
+        at = [0 if limit <= N else NEVER for limit in limits]
+        return experts_one_by_one(x_NE, expert_NC, [tensor.unflatten(0, (X, -1)) for tensor in (*gate_up, *down)], at)
     x_NE, expert_NC = x_NE.contiguous(), expert_NC.contiguous()
     y_NCE = x_NE.new_empty(*expert_NC.shape, E)
     pointers = (x_NE.data_ptr(), expert_NC.data_ptr(), byref(first), byref(second), y_NCE.data_ptr())
@@ -56,9 +66,23 @@ def quantized_experts(x_NE: Tensor, expert_NC: Tensor, gate_up: list[Tensor], do
     return y_NCE
 
 
-def _shape(x: Tensor, expert: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+def experts_one_by_one(x_NE: Tensor, expert_NC: Tensor, weights: Sequence[Tensor], limits: Sequence[int]) -> Tensor:
+    """Return the result of `quantized_experts` by products of each expert's rows: see `quantized_linear`.
+
+    weights: packed bytes and scales of gate and up, and of down, each with the experts as first dimension.
+    """
+    y_NCE = x_NE.new_empty(*expert_NC.shape, x_NE.shape[1])
+    for expert in expert_NC.unique().tolist():
+        gate_up, gate_up_scale, down, down_scale = ([tensor[expert]] for tensor in weights)
+        n, c = torch.where(expert_NC == expert)
+        gate, up = quantized_linear(x_NE[n], gate_up, gate_up_scale, limits).chunk(2, dim=-1)
+        y_NCE[n, c] = quantized_linear(F.silu(gate) * up, down, down_scale, limits)
+    return y_NCE
+
+
+def _shape(x: Tensor, expert: Tensor, *others: object) -> Tensor:
     return x.new_empty((*expert.shape, x.shape[-1]))
 
 
-_SCHEMA = "quantized_experts(Tensor x, Tensor expert, Tensor[] gate_up, Tensor[] down) -> Tensor"
+_SCHEMA = "quantized_experts(Tensor x, Tensor expert, Tensor[] gate_up, Tensor[] down, int[] limits=[]) -> Tensor"
 define(_SCHEMA, quantized_experts, _shape)

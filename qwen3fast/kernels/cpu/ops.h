@@ -103,9 +103,6 @@ QWEN3FAST_API void qwen3fast_tile_linear(const BFloat16* x, const Linear* weight
 // it before the first product by tiles.
 QWEN3FAST_API bool qwen3fast_try_tiles();
 
-// Has attention of prefill multiply by tiles, or not (as at first).
-QWEN3FAST_API void qwen3fast_use_tiles(bool are_used);
-
 // y[r, k] = weight[row[r], k]: row (R,), y (R, K). Returns false for a row that there is not.
 QWEN3FAST_API bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R,
                                             int64_t threads);
@@ -138,16 +135,18 @@ QWEN3FAST_API void qwen3fast_decode_attention(const BFloat16* q, const Cache* ca
                                               int64_t B, int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads);
 
 // q (B, T, H, D), position (B, T), row (B,), the cache row of each batch row -> y (B, T, H, D). D a multiple of 32.
+// tiles_from: batch rows whose last query sees so many positions are multiplied by tiles.
 QWEN3FAST_API void qwen3fast_prefill_attention(const BFloat16* q, const Cache* cache, const int64_t* position,
                                                const int64_t* row, BFloat16* y, int64_t B, int64_t T, int64_t H,
-                                               int64_t K, int64_t S, int64_t D, int64_t threads);
+                                               int64_t K, int64_t S, int64_t D, int64_t tiles_from, int64_t threads);
 
 // All blocks for chunks of prompts, in place of x (B, T, E): position (B, T), row (B,), the cache row of each batch row; in
-// sizes, M is B T. last (B,): the only token of each batch row whose result is needed; null for all. B T at least 8,
-// otherwise sizes as of decode_layers. Only experts have orders of channels.
+// sizes, M is B T. last (B,): the only token of each batch row whose result is needed; null for all. tiles: of products;
+// tiles_from: of attention. B T at least 8, otherwise sizes as of decode_layers. Only experts have orders of channels.
 QWEN3FAST_API void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                             const float* sin, const int64_t* position, const int64_t* row, int64_t T,
-                                            const int64_t* last, BFloat16* x, Tiles tiles, int64_t threads);
+                                            const int64_t* last, BFloat16* x, Tiles tiles, int64_t tiles_from,
+                                            int64_t threads);
 
 // All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes
 // as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none. Returns the share of

@@ -1,4 +1,4 @@
-"""Attention of a chunk of a prompt over the KV cache: tiles in C++ (prefill_attention.cpp), or PyTorch's own form.
+"""Attention of a chunk of a prompt over the KV cache: in C++ (prefill_attention.cpp), or PyTorch's own form.
 
 The operation chooses between them by the sizes of the call, from limits that were measured (kernels/forms.py): code
 that is compiled around it serves all sizes.
@@ -9,14 +9,16 @@ H query heads   K key/value heads   D head_dim
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import byref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3fast.kernels.cpu import tiles
 from qwen3fast.kernels.cpu.library import functions
-from qwen3fast.kernels.cpu.structures import LANES, checked_cache, checked_positions, require
+from qwen3fast.kernels.cpu.structures import LANES, NEVER, checked_cache, checked_positions, require
 from qwen3fast.kernels.define import define
 
 # Chunks of up to so many tokens share a limit. Longer ones have the last.
@@ -31,12 +33,13 @@ def prefill_attention(
     row_B: Tensor,
     k_scale_RKS: Tensor | None = None,
     v_scale_RKS: Tensor | None = None,
-    sdpa_from: tuple[int, ...] = (),
+    sdpa_from: Sequence[int] = (),
+    tiles_from: Sequence[int] = (),
 ) -> Tensor:
     """Return attention of each query over positions 0..its own of slot row_B: (B, T, H, D) bfloat16.
 
-    position_BT, row_B: int64. sdpa_from: for each of CHUNKS, the used length from which PyTorch's form serves; empty
-    for the C++ alone.
+    position_BT, row_B: int64. sdpa_from, tiles_from: for each of CHUNKS, the used length from which PyTorch's form
+    serves, or else AMX's tiles; empty for never.
     """
     (B, T, H, D), (_, K, S, _) = q_BTHD.shape, k_RKSD.shape
     layer = checked_cache("prefill_attention", q_BTHD, k_RKSD, v_RKSD, k_scale_RKS, v_scale_RKS)
@@ -47,11 +50,12 @@ def prefill_attention(
         row.dtype == torch.int64 and row.numel() == B and all(0 <= r < len(k_RKSD) for r in rows),
         "prefill_attention: a row of the cache for each batch row, int64",
     )
-    require(len(sdpa_from) in (0, len(CHUNKS)), f"prefill_attention: sdpa_from needs {len(CHUNKS)} lengths, or none")
+    for lengths in (sdpa_from, tiles_from):
+        require(len(lengths) in (0, len(CHUNKS)), f"prefill_attention: a form needs {len(CHUNKS)} lengths, or none")
     if sdpa_from and B > 1:  # a row's form does not depend on the lengths beside it
         each = zip(q.split(1), position.view(B, T).split(1), row.split(1), strict=True)
-        scales = (k_scale_RKS, v_scale_RKS)
-        return torch.cat([prefill_attention(x, k_RKSD, v_RKSD, at, r, *scales, sdpa_from) for x, at, r in each])
+        rest = (k_scale_RKS, v_scale_RKS, sdpa_from, tiles_from)
+        return torch.cat([prefill_attention(x, k_RKSD, v_RKSD, at, r, *rest) for x, at, r in each])
     if sdpa_from:
         used = min(int(position.max()) + 1, S)
         if used >= sdpa_from[chunk_class(T)]:
@@ -65,6 +69,7 @@ def prefill_attention(
         row.data_ptr(),
         y_BTHD.data_ptr(),
         *(B, T, H, K, S, D),
+        tile_length(tiles_from, T),
         torch.get_num_threads(),
     )
     return y_BTHD
@@ -73,6 +78,11 @@ def prefill_attention(
 def chunk_class(tokens: int) -> int:
     """Return the index in CHUNKS of the smallest that holds so many tokens; otherwise of the last."""
     return next((i for i, size in enumerate(CHUNKS) if tokens <= size), len(CHUNKS) - 1)
+
+
+def tile_length(tiles_from: Sequence[int], tokens: int) -> int:
+    """Return the used length from which tiles serve chunks of so many tokens; NEVER where there are none."""
+    return tiles_from[chunk_class(tokens)] if tiles_from and tiles.are_usable() else NEVER
 
 
 def sdpa_prefill(q_BTHD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, position_BT: Tensor) -> Tensor:
@@ -105,7 +115,7 @@ def _shape(q: Tensor, *others: Tensor | None, **named: object) -> Tensor:
 
 define(
     "prefill_attention(Tensor q, Tensor k, Tensor v, Tensor position, Tensor row, Tensor? k_scale=None, "
-    "Tensor? v_scale=None, int[] sdpa_from=[]) -> Tensor",
+    "Tensor? v_scale=None, int[] sdpa_from=[], int[] tiles_from=[]) -> Tensor",
     prefill_attention,
     _shape,
 )

@@ -61,8 +61,8 @@ void add_product(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t
 // The same for any number of columns that is a multiple of sixteen; by tiles, rows and pairs must be multiples of it, too.
 template <bool kAdds>
 void add_columns(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
-                 int64_t num_pairs, int64_t columns, float* out, int64_t out_stride) {
-  if (tiles_are_used) return add_by_tiles<kAdds>(a, a_stride, b, b_stride, rows, num_pairs, columns, out, out_stride);
+                 int64_t num_pairs, int64_t columns, float* out, int64_t out_stride, bool by_tiles) {
+  if (by_tiles) return add_by_tiles<kAdds>(a, a_stride, b, b_stride, rows, num_pairs, columns, out, out_stride);
   constexpr int64_t kChunks = kRegister / 16;  // whose sums fit the registers
   int64_t c = 0;
   for (; c + kChunks * kLanes <= columns; c += kChunks * kLanes)
@@ -85,13 +85,14 @@ const BFloat16* tile_keys(const int8_t* k, const float* scale, int64_t count, in
 }
 
 // Products take four rows at a time, or a tile's.
-inline int64_t padded_rows(int64_t rows) {
-  const int64_t multiple = tiles_are_used ? kTileRows : 4;
+inline int64_t padded_rows(int64_t rows, bool by_tiles) {
+  const int64_t multiple = by_tiles ? kTileRows : 4;
   return (rows + multiple - 1) / multiple * multiple;
 }
 
-// Room for one tile, kept by a thread from tile to tile.
+// Room for one tile, kept by a thread from tile to tile. by_tiles: whether its products are AMX's.
 struct Tile {
+  bool by_tiles = false;
   Lines<BFloat16> q, keys, weight;
   Lines<float> score, out, maximum, total;
   Lines<uint32_t> columns, pairs;
@@ -104,7 +105,8 @@ struct Tile {
 
 // Scores of up to kTogether rows with `columns` keys from `start` on, and what they do to the results of the keys before.
 void add_scores(Tile& tile, int64_t r, int64_t rows, int64_t start, int64_t columns, int64_t D, float scale) {
-  add_columns<false>(&tile.q[r * D], D, tile.columns.data(), kKeys, rows, D / 2, columns, tile.score.data(), kKeys);
+  add_columns<false>(&tile.q[r * D], D, tile.columns.data(), kKeys, rows, D / 2, columns, tile.score.data(), kKeys,
+                     tile.by_tiles);
   for (int64_t first = 0; first < rows; first += kLanes) {  // sixteen rows at a time share the latency of their reductions
     const int64_t count = std::min(kLanes, rows - first), at = r + first;
     Vec most[kLanes] = {}, total[kLanes] = {};
@@ -130,7 +132,7 @@ void add_scores(Tile& tile, int64_t r, int64_t rows, int64_t start, int64_t colu
     store(&tile.total[at], load(&tile.total[at]) * shrink + sums(total));
   }
   const auto add = start ? add_columns<true> : add_columns<false>;
-  add(tile.weight.data(), kKeys, tile.pairs.data(), D, rows, columns / 2, D, &tile.out[r * D], D);
+  add(tile.weight.data(), kKeys, tile.pairs.data(), D, rows, columns / 2, D, &tile.out[r * D], D, tile.by_tiles);
 }
 
 // `count` queries of one key/value head over all keys up to each one's position. q and y point at the first query's
@@ -139,7 +141,8 @@ template <typename T>
 void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t* position, int64_t count,
                  const Cached<T>& cached, int64_t S, int64_t G, int64_t D, float scale, BFloat16* y, int64_t y_stride) {
   const auto [k, v, k_scale, v_scale] = cached;
-  const int64_t used = count * G, rows = padded_rows(used), multiple = tiles_are_used ? kTileDepth : kLanes;
+  const int64_t used = count * G, rows = padded_rows(used, tile.by_tiles);
+  const int64_t multiple = tile.by_tiles ? kTileDepth : kLanes;
   for (int64_t r = 0; r < rows; r++)  // the last row is repeated
     std::copy_n(q + std::min(r, used - 1) / G * q_stride + std::min(r, used - 1) % G * D, D, &tile.q[r * D]);
   std::fill(tile.total.begin(), tile.total.end(), 0.f);
@@ -181,18 +184,19 @@ int64_t interleaved(int64_t n, int64_t each, int64_t threads) {
 template <typename N>
 void prefill_heads(const BFloat16* q, int64_t q_stride, const Cached<N>& cached, const int64_t* position,
                    const int64_t* row, BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D,
-                   int64_t threads) {
+                   int64_t tiles_from, int64_t threads) {
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
   const int64_t G = H / K, queries = std::max<int64_t>(1, kRows / G), tiles = (T + queries - 1) / queries;
   const int64_t count = B * K * tiles, each = count / threads;
   parallel_for(count, 1, threads, [&](int64_t begin, int64_t end) {
     std::optional<TileUse> use;
-    if (tiles_are_used) use.emplace();
-    Tile tile(padded_rows(std::min(queries, T) * G), D);
+    Tile tile(padded_rows(std::min(queries, T) * G, true), D);
     for (int64_t n = begin; n < end; n++) {
       const int64_t i = count % threads ? n : interleaved(n, each, threads);
       const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * queries;
       const int64_t token = b * T + first, column = head * G * D;
+      tile.by_tiles = position[b * T + T - 1] + 1 >= tiles_from;
+      if (tile.by_tiles && !use) use.emplace();
       attend_tile(tile, q + token * q_stride + column, q_stride, position + token, std::min(queries, T - first),
                   cached.head(row[b] * K + head, S, D), S, G, D, scale, y + token * H * D + column, H * D);
     }
@@ -202,15 +206,16 @@ void prefill_heads(const BFloat16* q, int64_t q_stride, const Cached<N>& cached,
 }  // namespace
 
 void attend_chunks(const BFloat16* q, int64_t q_stride, const Cache& cache, const int64_t* position, const int64_t* row,
-                   BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, int64_t threads) {
+                   BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, int64_t tiles_from,
+                   int64_t threads) {
   if (cache.key_scale)
-    prefill_heads(q, q_stride, Cached<int8_t>(cache), position, row, y, B, T, H, K, S, D, threads);
+    prefill_heads(q, q_stride, Cached<int8_t>(cache), position, row, y, B, T, H, K, S, D, tiles_from, threads);
   else
-    prefill_heads(q, q_stride, Cached<BFloat16>(cache), position, row, y, B, T, H, K, S, D, threads);
+    prefill_heads(q, q_stride, Cached<BFloat16>(cache), position, row, y, B, T, H, K, S, D, tiles_from, threads);
 }
 
 void qwen3fast_prefill_attention(const BFloat16* q, const Cache* cache, const int64_t* position, const int64_t* row,
                                  BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D,
-                                 int64_t threads) {
-  attend_chunks(q, H * D, *cache, position, row, y, B, T, H, K, S, D, threads);
+                                 int64_t tiles_from, int64_t threads) {
+  attend_chunks(q, H * D, *cache, position, row, y, B, T, H, K, S, D, tiles_from, threads);
 }

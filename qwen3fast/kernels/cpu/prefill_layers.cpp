@@ -27,7 +27,7 @@ struct Pass {
   const int64_t T;
   BFloat16* const x;  // (M, E), the residual stream
   const Tiles tiles;
-  const int64_t threads;
+  const int64_t tiles_from, threads;  // of attention, see ops.h
   Lines<BFloat16> normed, qkv, y, z;  // (M, E), (M, (H + 2K) D), (M, H D), (M, E)
   // Where a layer needs them. Gate and up, and their product: (M, 2I), (M, I). Of experts: (M, X), (M, C), (M, C), (M, C, E).
   Lines<BFloat16> gate_up, act, logits, each;
@@ -123,11 +123,11 @@ void finish_block(Pass& p, const Layer& layer) {
 }
 
 Pass make_pass(Sizes size, const float* cos, const float* sin, const int64_t* position, const int64_t* row, int64_t T,
-               BFloat16* x, Tiles tiles, int64_t threads) {
+               BFloat16* x, Tiles tiles, int64_t tiles_from, int64_t threads) {
   const auto room = [&](int64_t columns) { return Lines<BFloat16>(size.M * columns); };
   const int64_t E = size.E, width = (size.H + 2 * size.K) * size.D;
-  return {size, cos, sin, position, row, T, x, tiles, threads, room(E), room(width), room(size.H * size.D), room(E),
-          {}, {}, {}, {}, {}, {}};
+  return {size, cos, sin, position, row, T, x, tiles, tiles_from, threads, room(E), room(width), room(size.H * size.D),
+          room(E), {}, {}, {}, {}, {}, {}};
 }
 
 template <typename T>
@@ -138,7 +138,7 @@ void run_block(Pass& p, const Layer& layer) {
   multiply(p, p.normed.data(), qkv, 3, p.qkv.data());
   write_cache<T>(p, layer, H, K);
   attend_chunks(p.qkv.data(), (H + 2 * K) * D, layer.cache, p.position, p.row, p.y.data(), M / p.T, p.T, H, K, S, D,
-                p.threads);
+                p.tiles_from, p.threads);
   finish_block(p, layer);
 }
 
@@ -162,11 +162,12 @@ void run_last_block(Pass& p, const Layer& layer, const int64_t* last) {
     std::copy_n(p.x + from[m] * E, E, &x[m * E]);
   }
   Pass few = make_pass({B * kTail, E, H, K, D, S, eps}, p.cos, p.sin, position.data(), p.row, kTail, x.data(), p.tiles,
-                       p.threads);
+                       p.tiles_from, p.threads);
   norm_rows(few, layer.input_norm);
   multiply(few, few.normed.data(), &layer.q, 1, few.qkv.data());
   write_cache<T>(few, layer, H, 0);
-  attend_chunks(few.qkv.data(), H * D, layer.cache, few.position, p.row, few.y.data(), B, kTail, H, K, S, D, p.threads);
+  attend_chunks(few.qkv.data(), H * D, layer.cache, few.position, p.row, few.y.data(), B, kTail, H, K, S, D,
+                p.tiles_from, p.threads);
   finish_block(few, layer);
   for (int64_t m = 0; m < B * kTail; m++) std::copy_n(&x[m * E], E, p.x + from[m] * E);
 }
@@ -175,9 +176,9 @@ void run_last_block(Pass& p, const Layer& layer, const int64_t* last) {
 
 void qwen3fast_prefill_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
                               const int64_t* position, const int64_t* row, int64_t T, const int64_t* last, BFloat16* x,
-                              Tiles tiles, int64_t threads) {
+                              Tiles tiles, int64_t tiles_from, int64_t threads) {
   Team::lead(threads, [&] {
-    Pass p = make_pass(*sizes, cos, sin, position, row, T, x, tiles, threads);
+    Pass p = make_pass(*sizes, cos, sin, position, row, T, x, tiles, tiles_from, threads);
     const bool is_int8 = layers[0].cache.key_scale;
     for (const Layer* layer = layers; layer < layers + count; layer++) {
       if (last && T > kTail && layer == layers + count - 1)

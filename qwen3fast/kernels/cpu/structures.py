@@ -37,7 +37,8 @@ RECORDS = (
 )
 FP8_SPAN = 128  # channels of fp8's blocks, which share a scale
 CODED = 128  # channels that are coded together in 12 bits each, see lossless.h
-CODED_WORDS = CODED * 12 // 16
+LOSSLESS_BITS = 12  # bits
+CODED_WORDS = CODED * LOSSLESS_BITS // 16
 RECORD = 8  # bytes of the record of such a row
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
 
@@ -154,7 +155,7 @@ def _lossless_linear(packed: Tensor, scale: Tensor) -> Structure:
         and len(scale) % 4 == 0,
         "lossless weights must have rows of whole groups of 128 channels and up to 64 more, and a record for each",
     )
-    return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, K, 12)
+    return LinearPointers(packed.data_ptr(), scale.data_ptr(), N, K, LOSSLESS_BITS)
 
 
 def span_and_record(packed: Tensor, scale: Tensor) -> tuple[int, int]:

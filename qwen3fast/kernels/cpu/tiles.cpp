@@ -201,10 +201,6 @@ void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t cou
   }, parts_for(M));
 }
 
-bool tiles_are_used = false;
-
-void qwen3fast_use_tiles(bool are_used) { tiles_are_used = are_used; }
-
 #if QWEN3FAST_HAS_AMX
 namespace {
 

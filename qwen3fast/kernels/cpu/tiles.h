@@ -21,9 +21,6 @@
 constexpr int64_t kTileRows = 16, kTileBytes = 64;
 constexpr int64_t kTileDepth = 32;  // channels that one product of tiles of bfloat16 sums over; of int8 twice as many
 
-// Whether attention of prefill multiplies by tiles; set by qwen3fast_use_tiles.
-extern bool tiles_are_used;
-
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define QWEN3FAST_HAS_AMX 1
 

@@ -1,8 +1,8 @@
 """Products of many rows by tiles (tiles.cpp), for processors with AMX; elsewhere the same code is plain C++, and slow.
 
 A system may withhold tiles that its processor has, and on some the first tile instruction ends the program: they are
-tried when the operations are loaded, in a child process. Attention of prefill in C++ then uses them, and they are among
-the forms of products that are measured (engine/forms.py), in bfloat16 and, for weights in int8, in int8.
+tried when the operations are loaded, in a child process. They are among the forms that are measured (engine/forms.py):
+of products, in bfloat16 and, for weights in int8, in int8; and of prefill attention.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ _are_usable = False
 
 
 def try_tiles() -> None:
-    """Try tiles where they are announced; attention of prefill multiplies by them from now on if they work."""
+    """Try tiles where they are announced; they are used from now on if they work."""
     global _are_usable
     if are_announced():
         _are_usable = functions().qwen3fast_try_tiles()
-        functions().qwen3fast_use_tiles(_are_usable)
 
 
 def are_announced() -> bool:
