@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from huggingface_hub.utils.tqdm import tqdm
 from starlette.applications import Starlette
@@ -31,12 +31,29 @@ from qwen3fast.server.loading import add_model_arguments, load_models
 from qwen3fast.server.options import ServerOptions
 from qwen3fast.server.ray_batch import Note, add_ray_arguments, run_on_ray
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 OPTIONS = ServerOptions(request_timeout_s=86_400.0, compile_timeout_s=60)
 BEGINNINGS = (b'{"key": "', f'{{"id": "{HASHED}'.encode())  # of lines of the output, see `BatchJob.answer`
 
 
 def _to_line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Keep other processes from a file while it is open. Raises: ValueError if one of them writes it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = os.path.samestat(os.fstat(file.fileno()), path.stat())  # if not, it has just been replaced
+    except OSError as err:  # others: a file system without locks
+        is_free = not isinstance(err, BlockingIOError)
+    if not is_free:
+        raise ValueError(f"another process writes {path}; wait until it ends, or choose another output file")
 
 
 class Output:
@@ -48,12 +65,13 @@ class Output:
     def __init__(self, path: Path, jobs: list[BatchJob]) -> None:
         """Read the file, which is created if need be; `begin` changes it.
 
-        Raises: ValueError for a file of something else; OSError if it cannot be written.
+        Raises: ValueError for a file of something else, or that another process writes; OSError if it is not writable.
         """
         self.ignored: set[str] = set()
         self._has_begun = False
         self._path, self._file = file_to_write(path), path.open("a+b")
         try:
+            _lock(self._file, self._path)
             self._read(jobs)
         except BaseException:
             self._file.close()
@@ -112,17 +130,22 @@ class Output:
         target = self._path.resolve()  # a link stays one
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
             new = Path(folder) / target.name
-            with new.open("wb") as file:
+            file = new.open("a+b")
+            try:
+                _lock(file, new)
                 for begin, end, line in self._kept:
                     self._file.seek(begin)
                     raw = self._file.read(end - begin)
                     file.write(raw if line is None else _to_line(json.loads(raw) | {"key": line}))
                 file.flush()
                 os.fsync(file.fileno())  # a computer that fails keeps one of the two
-            shutil.copymode(target, new)
-            new.replace(target)
+                shutil.copymode(target, new)
+                new.replace(target)
+            except BaseException:
+                file.close()
+                raise
         self._file.close()
-        self._file = target.open("a+b")
+        self._file = file
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line, and warn of fields that its request had in vain.

@@ -24,6 +24,7 @@ from starlette.routing import Route
 
 from qwen3fast import SamplingParams
 from qwen3fast.cli import main
+from qwen3fast.server import batch
 from qwen3fast.server.batch import Output
 from qwen3fast.server.jobs import BatchJob, Room, answered, is_answer, read_jobs
 
@@ -235,6 +236,30 @@ def test_half_a_line_at_the_end_is_written_again(tmp_path, cut):
     again.write(LINES[1])
     again.close()
     assert read_lines(path) == LINES
+
+
+@pytest.mark.skipif(batch.fcntl is None, reason="no locks")
+@pytest.mark.parametrize("change", [[], [LINES[1], LINES[0]]], ids=["new", "rewritten"])
+def test_a_second_run_on_one_output_is_refused_and_changes_nothing(tmp_path, change, capsys):
+    path = write_lines(tmp_path / "out.jsonl", change)
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    with closing(Output(path, JOBS[:1])) as output:
+        for _ in range(2):  # before the first line, and behind it
+            assert main(["batch", str(source), "-o", str(path), *OPTIONS]) == 2
+            assert f"another process writes {path}" in capsys.readouterr().err
+            output.begin()
+            output.write({**LINES[0], "text": "second"})
+        whole = path.read_bytes()
+    with closing(Output(path, JOBS[:1])):
+        assert path.read_bytes() == whole
+
+
+def test_a_file_replaced_while_it_is_opened_is_refused(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with path.open("a+b") as file:
+        write_lines(tmp_path / "new", []).replace(path)
+        with pytest.raises(ValueError, match="another process writes"):
+            batch._lock(file, path)
 
 
 @pytest.mark.parametrize("characters", [1, 2**17])
