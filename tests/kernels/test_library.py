@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,17 @@ def test_auto_does_not_wait_for_another_thread_that_builds(unloaded):
     with ThreadPoolExecutor(1) as pool, cpu._loading:  # which such a thread holds, for a minute
         pool.submit(StepCompiler, "auto", torch.device("cpu")).result(timeout=20).close()
     assert not cpu.is_loaded()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="needs a safe os.fork")
+def test_a_process_forked_during_a_build_opens_its_own(folder, unloaded):
+    shutil.copy(BUILT, folder / BUILT.name)
+    with cpu._loading:  # which another thread holds for a minute
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends it
+            os._exit(0 if cpu.load() else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(100), None], ids=["empty", "foreign", "truncated"])

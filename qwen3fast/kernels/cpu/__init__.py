@@ -8,6 +8,7 @@ they run eagerly, as the reference that other forms are compared with (see kerne
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import threading
 
@@ -42,6 +43,16 @@ def load(jobs: int | None = None, may_build: bool = True) -> bool:
         finally:
             _loading.release()
     return is_loaded()
+
+
+def _forget_parent() -> None:
+    """Give up the lock that a thread of the parent process may hold, in a process forked while it builds."""
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_parent)
 
 
 def is_loaded() -> bool:
