@@ -41,13 +41,13 @@ def random_model(
     on_assigned: called after each parameter. split: keep this shard of each tensor.
     """
     rng = torch.Generator().manual_seed(seed)
-    pool = (torch.randn(POOL_SIZE, generator=rng) * STANDARD_DEVIATION).to(device, dtype)
+    pool = (torch.randn(POOL_SIZE, generator=rng, device="cpu") * STANDARD_DEVIATION).to(device, dtype)
     whole = build_on_meta(config)
     model = whole if split is None else split.build_on_meta()
     for name, parameter in list(whole.named_parameters()):
         tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
         if parameter.dim() >= 2:
-            _fill_cyclically(tensor.view(-1), pool, int(torch.randint(POOL_SIZE, (), generator=rng)))
+            _fill_cyclically(tensor.view(-1), pool, int(torch.randint(POOL_SIZE, (), generator=rng, device="cpu")))
         else:
             is_qk_norm = name.endswith(("q_norm.weight", "k_norm.weight"))
             tensor.fill_(0.0 if name.endswith("bias") else QK_NORM_WEIGHT if is_qk_norm else 1.0)

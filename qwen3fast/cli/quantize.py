@@ -109,4 +109,4 @@ def calibration_windows(source: Path, file: Path, max_tokens: int) -> Tensor:
     count = len(ids) // WINDOW
     if count == 0:
         raise ValueError(f"{file} has {len(ids)} tokens; calibration needs at least {WINDOW}, better 16,000")
-    return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
+    return torch.tensor(ids[: count * WINDOW], device="cpu").view(count, WINDOW)

@@ -112,10 +112,9 @@ def last_states(
         for start in range(0, len(rows), batch_size):
             chosen = order[start : start + batch_size]
             last_B = torch.tensor([len(rows[i]) - 1 for i in chosen], device=device)
-            token_BT = torch.zeros(len(chosen), len(rows[chosen[0]]), dtype=torch.int64)
-            for b, i in enumerate(chosen):
-                token_BT[b, : len(rows[i])] = torch.tensor(rows[i])
-            x_BTE = model.hidden(token_BT.to(device))
+            width = len(rows[chosen[0]])
+            token_BT = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in chosen], device=device)
+            x_BTE = model.hidden(token_BT)
             if is_mean:
                 is_token_BT = torch.arange(x_BTE.shape[1], device=device) <= last_B[:, None]
                 sum_BE = (model.model.norm(x_BTE).float() * is_token_BT[..., None]).sum(dim=1)

@@ -28,9 +28,8 @@ def own_text(model: Qwen3, tokenizer: Tokenizer | None, tokens: int, progress: b
     Half of the windows begin as a conversation does, where there is a chat template, the others with a random token.
     Raises: ValueError if the model's logits are not finite.
     """
-    first_B = torch.randint(
-        model.config.vocab_size, (tokens // OWN_WINDOW,), generator=torch.Generator().manual_seed(0)
-    )
+    rng = torch.Generator().manual_seed(0)
+    first_B = torch.randint(model.config.vocab_size, (tokens // OWN_WINDOW,), generator=rng, device="cpu")
     starts = [[token] for token in first_B.tolist()]
     if chat := beginning_of_chat(tokenizer):
         starts[1::2] = [chat] * len(starts[1::2])

@@ -80,7 +80,7 @@ def order_problems(model: nn.Module) -> list[str]:
     return [
         f"{name}: it must hold each number from 0 to {order_K.shape[-1] - 1} once"
         for name, order_K in orders.items()
-        if not order_K.sort().values.equal(torch.arange(order_K.shape[-1]).to(order_K).expand_as(order_K))
+        if not order_K.sort().values.equal(torch.arange(order_K.shape[-1], device=order_K.device).expand_as(order_K))
     ]
 
 

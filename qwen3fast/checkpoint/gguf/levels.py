@@ -42,7 +42,7 @@ def read_32(rows: np.ndarray, num_floats: int = 1, bits: int = 4) -> tuple[Tenso
     block_RGB = torch.from_numpy(rows).view(len(rows), -1, begin + GROUP // 2)
     level_RK = halves(block_RGB[..., begin:])
     if bits == 5:
-        shift_C = torch.arange(GROUP, dtype=torch.int32)
+        shift_C = torch.arange(GROUP, dtype=torch.int32, device="cpu")
         high = block_RGB[..., begin - 4 : begin].contiguous().view(torch.int32) >> shift_C & 1
         level_RK |= high.to(torch.uint8).flatten(1) << 4
     return level_RK, *(float16_at(block_RGB, 2 * i) for i in range(num_floats))
@@ -62,7 +62,7 @@ def pack_zero(rows: np.ndarray, bits: int) -> Packed:
 def pack_minimum(rows: np.ndarray, bits: int) -> Packed:
     """Pack rows of Q4_1 or Q5_1, exactly: the scale, and the smallest number."""
     level_RK, d_RG, least_RG = read_32(rows, num_floats=2, bits=bits)
-    one_RG = torch.ones(d_RG.shape, dtype=torch.uint8)
+    one_RG = torch.ones_like(d_RG, dtype=torch.uint8)
     return pack_minimums(level_RK, d_RG, -least_RG, one_RG, one_RG, bits=bits)
 
 
@@ -106,7 +106,7 @@ def pack_iq4_xs(rows: np.ndarray) -> Packed:
     """Pack rows of IQ4_XS, exactly: d in float16; high and low bits of 8 scales, in 2 and 4 bytes; 128 bytes."""
     block_RBX = torch.from_numpy(rows).view(len(rows), -1, 136)
     high_RB1 = block_RBX[..., 2:4].contiguous().view(torch.int16).int()
-    high_RB8 = (high_RB1 >> torch.arange(0, 16, 2) & 3) << 4
+    high_RB8 = (high_RB1 >> torch.arange(0, 16, 2, device="cpu") & 3) << 4
     low_RB8 = torch.stack([block_RBX[..., 4:8] & 15, block_RBX[..., 4:8] >> 4], dim=-1).flatten(2)
     level_RK = halves(block_RBX[..., 8:].unflatten(2, (8, 16)))
     return pack_nl4(level_RK, float16_at(block_RBX, 0), ((high_RB8 | low_RB8) - 32).flatten(1))
