@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qwen3fast.bench: error: {visible(err, keep=chr(10))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted before anything was measured", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
 
 

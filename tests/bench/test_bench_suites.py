@@ -417,6 +417,19 @@ def test_what_was_measured_is_written_whatever_ends_the_run(tmp_path, capsys, mo
     assert "keeping the measurements so far" in capsys.readouterr().err
 
 
+def test_ctrl_c_after_the_record_was_saved_does_not_deny_it(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    def run(session):
+        session.record.cases.append(make_case([1.0]))
+
+    monkeypatch.setitem(SUITES, "cache", replace(SUITES["cache"], run=run))
+    monkeypatch.setattr("qwen3fast.bench.main.as_text", interrupted)
+    assert main([*SMALL, "--output", str(tmp_path)]) == 130
+    assert [*map(load_record, tmp_path.glob("*.json"))] and capsys.readouterr().err.endswith("\ninterrupted\n")
+
+
 def test_json_is_all_that_it_prints_and_valid(tmp_path, capsys, monkeypatch):
     def run(session):
         session.record.cases.append(make_case([1.0]))
