@@ -43,6 +43,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(add)
     add("--warmup", action=argparse.BooleanOptionalAction, help="compile before the first request; --no-warmup: only "
         "what requests need [on CPUs answer at once and compile meanwhile, on GPUs compile before]")  # fmt: skip
+    add("--no-compile", action="store_true", help="run the model without torch.compile")
 
 
 def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
@@ -68,7 +69,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         "kv_cache_dtype": args.kv_cache_dtype,
         "adapters": _find_adapters(adapters),
         "threads": args.threads,
-        "compile": True if args.warmup else "auto",
+        "compile": False if args.no_compile else True if args.warmup else "auto",
         "cuda_graphs": not args.no_cuda_graphs,
     }
     for kind, name, source in specs:

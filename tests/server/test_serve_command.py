@@ -136,14 +136,15 @@ def test_a_source_may_hold_equals_signs(monkeypatch, tmp_path):
     assert _name_and_source("tiny") == ("tiny", "tiny")
 
 
-def test_a_revision_and_the_caches_dtype_reach_the_model(monkeypatch):
+def test_options_reach_the_model(monkeypatch):
     asked = []
     name = "qwen3fast.server.loading.resolve_source"
     monkeypatch.setattr(name, lambda source, revision: asked.append(revision) or source)
     add_model_arguments(parser := argparse.ArgumentParser())
-    words = ["--model", "tiny", "--revision", "abc", "--kv-cache-dtype", "int8", "--max-seq-len", "64", "--no-warmup"]
+    words = ["--model", "tiny", "--revision", "abc", "--kv-cache-dtype", "int8", "--max-seq-len", "64", "--no-compile"]
     with load_models(parser.parse_args(words))["tiny"] as generator:
         assert asked == ["abc"] and generator.options.kv_cache_dtype == "int8"
+        assert generator.options.compile is False
     with pytest.raises(ValueError, match="--revision is for a single model, got 2"):
         load_models(parser.parse_args([*words, "--embedder", "b=tiny"]))
 
