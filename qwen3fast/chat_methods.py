@@ -11,6 +11,7 @@ from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.scheduling.prompt import Overflow, fitting_text
 from qwen3fast.text.chat_template import Tools
+from qwen3fast.text.reasoning import BEGIN_REASONING
 from qwen3fast.text.tokenizer import Message, Tokenizer
 
 
@@ -86,17 +87,18 @@ class ChatMethods:
             raise ValueError("this model has no tokenizer, so it cannot chat")
         enable_thinking = checked_flag("enable_thinking", enable_thinking)  # templates read 0 as True
         temperature = (params or SamplingParams()).with_defaults(self.default_params).temperature
-        can_think = "enable_thinking" in (self.tokenizer.chat_template or "")
-        if enable_thinking and can_think and temperature == 0 and not self._has_warned_greedy_reasoning:
-            self._has_warned_greedy_reasoning = True
-            warnings.warn(
-                "greedy decoding (temperature 0) with reasoning can repeat endlessly; Qwen3's authors recommend "
-                "temperature 0.6, top_p 0.95, top_k 20 (leave the temperature unset); or pass enable_thinking=False "
-                "(no --think)",
-                stacklevel=4,  # of `chat`, past `takes_params`
-            )
         text = self.tokenizer.apply_chat_template(
             messages, tools, enable_thinking=enable_thinking, continue_final_message=continue_final_message
         )
         text = checked_text("the output of the chat template", text)
+        has_choice = "enable_thinking" in (self.tokenizer.chat_template or "")
+        reasons = (enable_thinking and has_choice) or text.rstrip().endswith(BEGIN_REASONING)
+        if reasons and temperature == 0 and not self._has_warned_greedy_reasoning:
+            self._has_warned_greedy_reasoning = True
+            advice = "set what the model's card recommends, for Qwen3 temperature 0.6, top_p 0.95, top_k 20"
+            other = "; or pass enable_thinking=False (no --think)" if has_choice else ""
+            warnings.warn(
+                f"greedy decoding (temperature 0) with reasoning can repeat endlessly; {advice}{other}",
+                stacklevel=4,  # of `chat`, past `takes_params`
+            )
         return self.tokenizer.encode(fitting_text(text, self.tokenizer, max_seq_len or self.max_seq_len, on_overflow))

@@ -488,6 +488,13 @@ def test_greedy_thinking_warns_once(generator):
         generator.chat(messages, GREEDY)
 
 
+def test_greedy_decoding_warns_where_the_template_opens_the_reasoning(model, tokenizer):
+    always = Tokenizer(tokenizer.base, chat_template="{{ messages[0].content }}<think>\n")
+    generator = Generator(model, always, max_seq_len=64, compile=False)
+    with pytest.warns(UserWarning, match="with reasoning .*, for Qwen3 temperature 0.6, top_p 0.95, top_k 20$"):
+        generator.render([{"role": "user", "content": "Hi"}], enable_thinking=False)
+
+
 def test_chat_without_a_template_is_refused(model, tokenizer):
     bare = Generator(model, Tokenizer(tokenizer.base), max_seq_len=64, compile=False)
     with pytest.raises(ValueError, match="no chat template"):
