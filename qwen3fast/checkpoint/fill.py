@@ -51,7 +51,12 @@ ROUTER = ".mlp.gate.weight"  # stays plain: it is small, and its choice of exper
 
 @dataclass(frozen=True)
 class FillOptions:
-    """Options of `load_weights`, see there."""
+    """Options of `load_weights`.
+
+    prequantized: how other software stored the linear layers; quantization: the format that these get, None for plain
+    weights. on_assigned: called after each parameter. check_weights: refuse NaN and infinity, in `dtype`.
+    split: the shard that the model is.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -62,18 +67,13 @@ class FillOptions:
     prequantized: PrequantizedFormat | None = None
 
 
-def load_weights(
-    model: Qwen3, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = False, **options: Any
-) -> None:
+def load_weights(model: Qwen3, folder: Path, options: FillOptions, progress: bool = False) -> None:
     """Fill `model` (on meta) from the safetensors of `folder`.
 
     Tensors have the names of the model's parameters, with three exceptions: checkpoints of Qwen3Model (such as
     Qwen3-Embedding) omit "model."; some store experts one by one (see experts.py); and prequantized layers have several
     tensors instead of a weight. Tensors in WITHOUT_USE are skipped and named in the log.
 
-    options: the other fields of FillOptions. prequantized: how other software stored the linear layers;
-    quantization: the format that these get, None for plain weights. on_assigned: called after each parameter.
-    check_weights: refuse NaN and infinity, in `dtype`. split: the shard that `model` is.
     Raises: FileNotFoundError for a missing file; ValueError naming tensors and files for missing, unexpected or
     misshaped tensors, for wrong dtypes, and for damaged files. On an error the model must be discarded.
     """
@@ -81,7 +81,7 @@ def load_weights(
     read_ahead(list(files))
     all_names = {name for names in files.values() for name in names}
     bar = tqdm(total=len(shapes_of(model)), desc="loading weights", unit="tensor", disable=not progress)
-    filler = _Filler(model, FillOptions(device, dtype, **options), all_names, bar)
+    filler = _Filler(model, options, all_names, bar)
     for file, names in files.items():
         with open_tensors(file) as tensors:
             available = dict.fromkeys(tensors.keys())
@@ -98,7 +98,9 @@ def load_weights(
         logger.warning("%s: tensors not used: %s%s", folder, ", ".join(filler.unused[:20]), more)
     problems = [*filler.problems, *filler.missing()] or order_problems(model)
     refuse(problems, f"the weights in {folder} do not fit its config.json")
-    refuse(filler.bad_numbers, f"the weights in {folder} are not all finite in {str(dtype).removeprefix('torch.')}")
+    refuse(
+        filler.bad_numbers, f"the weights in {folder} are not all finite in {str(options.dtype).removeprefix('torch.')}"
+    )
     model.tie_weights()
     fold_orders(model)
     find_shared_orders(model)

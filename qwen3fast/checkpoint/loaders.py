@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
+from qwen3fast.checkpoint.assign import OnAssigned
 from qwen3fast.checkpoint.choices import choose_dtype
-from qwen3fast.checkpoint.fill import load_weights
+from qwen3fast.checkpoint.fill import FillOptions, load_weights
 from qwen3fast.checkpoint.gguf.config import config_of
 from qwen3fast.checkpoint.gguf.header import read_header
 from qwen3fast.checkpoint.gguf.layout import choose_formats
@@ -107,18 +107,8 @@ class Loader:
             use_stored_formats(model, folder)
             for name in formats_of(model):
                 prepare_quantization(name, self.device, folder)
-        load_weights(
-            model,
-            folder,
-            self.device,
-            dtype,
-            self.progress,
-            quantization=format,
-            on_assigned=self._on_assigned,
-            check_weights=self.check_weights,
-            split=split,
-            prequantized=stored.prequantized,
-        )
+        how = (format, self._on_assigned, self.check_weights, split, stored.prequantized)
+        load_weights(model, folder, FillOptions(self.device, dtype, *how), self.progress)
         return model, split
 
     def _load_gguf(self, file: Path) -> Qwen3:
@@ -143,10 +133,11 @@ class Loader:
         return model
 
     @property
-    def _on_assigned(self) -> partial[None] | None:
+    def _on_assigned(self) -> OnAssigned | None:
         """Quantize a layer's experts as soon as they are loaded: only one layer's are in memory unquantized."""
-        name = self.quantization
-        return None if name in (None, DEQUANTIZE) else partial(_quantize_experts, name)
+        if (format := self.quantization) in (None, DEQUANTIZE):
+            return None
+        return lambda model, parameter: quantize_experts(model, str(format), parameter.rpartition(".")[0])
 
     def _untied_if_stored_so(self, config: ModelConfig, folder: Path) -> ModelConfig:
         if not (config.tie_word_embeddings and self.output_projection and has_other_head(folder)):
@@ -234,7 +225,3 @@ def refuse_other_format(stored: CheckpointConfig, quantization: str | None, fold
     """Raises: ValueError for a folder that `save_quantized` wrote in another format than the one asked for."""
     if quantization is not None and stored.quantization not in (None, quantization):
         raise ValueError(f"{folder} is in {stored.quantization} already; {quantization} needs the original weights")
-
-
-def _quantize_experts(quantization: str, model: Qwen3, parameter_name: str) -> None:
-    quantize_experts(model, quantization, parameter_name.rpartition(".")[0])

@@ -16,19 +16,9 @@ async def exchange(app: Starlette, path: str, body: dict[str, Any]) -> tuple[int
     Returns: status, headers with names in lower case, and body, for a stream with all events.
     """
     scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        "client": ("batch", 0),
-        "server": ("batch", 0),
-    }
+        "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": path, "query_string": b"",
+        "headers": [(b"content-type", b"application/json")], "client": ("batch", 0),
+    }  # fmt: skip
     incoming: list[Message] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
     outgoing: list[Message] = []
 

@@ -16,7 +16,7 @@ from test_expert_checkpoints import tensors_by_expert
 
 from qwen3fast import load_model
 from qwen3fast.checkpoint import fill
-from qwen3fast.checkpoint.fill import load_weights
+from qwen3fast.checkpoint.fill import FillOptions, load_weights
 from qwen3fast.checkpoint.hf_config import CheckpointConfig
 from qwen3fast.checkpoint.random_weights import random_model
 from qwen3fast.model import Qwen3
@@ -33,7 +33,7 @@ def load_part(config: ModelConfig, folder, rank: int, size: int) -> Qwen3:
     """The part of one of `size` ranks, without any process but this one."""
     split = Split(config, rank, size)
     model = split.build_on_meta()
-    load_weights(model, folder, CPU, torch.float32, split=split)
+    load_weights(model, folder, FillOptions(CPU, torch.float32, split=split))
     return model
 
 
