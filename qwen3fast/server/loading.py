@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwen3fast.checkpoint.lora.config import LoraConfig
-from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
+from qwen3fast.checkpoint.lora.files import find_adapter
+from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.embedder import Embedder
 from qwen3fast.files import read_json
 from qwen3fast.generator import Generator
@@ -61,14 +60,13 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         raise ValueError(f"two models or adapters are named {twice[0]!r}; give each a name of its own, as NAME=SOURCE")
     if args.revision is not None and len(specs) > 1:
         raise ValueError(f"--revision is for a single model, got {len(specs)}; download them first, and name folders")
-    found = _find_models([source for _, _, source in specs], args.revision)
+    # All files are found, or downloaded, before the first model loads.
+    bases = {source: _base_of_adapter(source) or source for _, _, source in specs}
+    found = {s: b if b.startswith("random:") else resolve_source(b, args.revision) for s, b in bases.items()}
+    same = ("max_batch_size", "max_seq_len", "max_queue", "kv_cache_dtype", "threads")
     of_generators: dict[str, Any] = {
-        "max_batch_size": args.max_batch_size,
-        "max_seq_len": args.max_seq_len,
-        "max_queue": args.max_queue,
-        "kv_cache_dtype": args.kv_cache_dtype,
-        "adapters": _find_adapters(adapters),
-        "threads": args.threads,
+        **{name: getattr(args, name) for name in same},
+        "adapters": {name: find_adapter(source)[1].parent for name, source in adapters.items()},
         "compile": False if args.no_compile else True if args.warmup else "auto",
         "cuda_graphs": not args.no_cuda_graphs,
     }
@@ -76,7 +74,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         logger.info("loading %s", name)
         options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
         options["calibrate"] = False if args.no_calibrate else None
-        if _base_of_adapter(source) is not None:
+        if bases[source] != source:
             options["adapter"] = source
         model = kind.from_pretrained(found[source], **options, **(of_generators if kind is Generator else {}))
         models[name] = model
@@ -84,26 +82,6 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
             logger.info("compiling for this machine; the first start can take minutes")
             model.warmup(progress=True)
     return models
-
-
-def _find_models(sources: Iterable[str], revision: str | None) -> dict[str, str | Path]:
-    """Return the folder or file of each model, downloaded if need be, before the first one is loaded.
-
-    Raises: FileNotFoundError if one is not there.
-    """
-    models = {source: _base_of_adapter(source) or source for source in sources}
-    return {name: it if it.startswith("random:") else resolve_source(it, revision) for name, it in models.items()}
-
-
-def _find_adapters(adapters: Mapping[str, str]) -> dict[str, Path]:
-    """Return the folder of each adapter by its name, downloaded if need be.
-
-    Raises: FileNotFoundError if one is not there; ValueError if one is damaged or not supported.
-    """
-    folders = {name: resolve_adapter(source) for name, source in adapters.items()}
-    for folder in folders.values():
-        LoraConfig.from_folder(folder)
-    return folders
 
 
 def _name_and_source(spec: str) -> tuple[str, str]:
