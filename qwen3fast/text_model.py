@@ -10,8 +10,7 @@ import torch
 
 from qwen3fast.checkpoint.metadata import read_tokenizer
 from qwen3fast.checkpoint.source import resolve_source
-from qwen3fast.checks import checked_source
-from qwen3fast.engine.last_token import checked_max_length
+from qwen3fast.checks import checked_integer, checked_source
 from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.loading import load_model
 from qwen3fast.model import Qwen3
@@ -19,6 +18,7 @@ from qwen3fast.sampling_params import takes_params
 from qwen3fast.text.tokenizer import Tokenizer
 
 Own = TypeVar("Own", bound="TextModel")
+MAX_LENGTH = 8192  # tokens per text, as in both model cards
 
 
 class TextModel:
@@ -32,7 +32,9 @@ class TextModel:
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, max_length: int | None) -> None:
         """Wrap a loaded model. Raises: ValueError for a max_length beyond the model's."""
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
-        self.max_length = checked_max_length(max_length, model.config)
+        most = model.config.max_position_embeddings
+        given = min(MAX_LENGTH, most) if max_length is None else max_length
+        self.max_length = checked_integer("max_length", given, 1, most, " (the model's max_position_embeddings)")
 
     @classmethod
     @takes_params

@@ -307,8 +307,8 @@ class StepPart:
                 try:
                     self._forms[key] = self.compiler.compile(*arguments)
                 except Exception as err:
-                    if not _is_out_of_memory(err):
-                        raise
+                    if not isinstance(getattr(err, "inner_exception", err), torch.OutOfMemoryError):
+                        raise  # PyTorch's own error has the one that it is about inside
                     self._forms[key] = self._remain_uncompiled(err)
             elif not self.compiler.is_ready():
                 pass
@@ -375,11 +375,6 @@ def _own_code(function: Function) -> Function:
 
     code = part_of_step.__code__.replace(co_name=getattr(function, "__name__", "part_of_step"))
     return FunctionType(code, part_of_step.__globals__, code.co_name, None, part_of_step.__closure__)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether the device had no memory left, when code ran or, inside of PyTorch's own error, was compiled."""
-    return isinstance(getattr(error, "inner_exception", error), torch.OutOfMemoryError)
 
 
 def _keep_guards(guards: Sequence[Any]) -> list[bool]:

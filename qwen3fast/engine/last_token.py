@@ -14,22 +14,9 @@ from torch import Tensor
 
 from qwen3fast.checks import checked_flag, checked_integer, checked_text
 from qwen3fast.model import Qwen3
-from qwen3fast.model.config import ModelConfig
 from qwen3fast.text.tokenizer import Tokenizer
 
-MAX_LENGTH = 8192  # tokens per text, as in both model cards
 MAX_BATCH_SIZE = 4096
-
-
-def checked_max_length(max_length: int | None, config: ModelConfig) -> int:
-    """Return the maximum number of tokens per text; None means 8192, or the model's positions if there are fewer.
-
-    Raises: ValueError for more tokens than the model has positions.
-    """
-    most = config.max_position_embeddings
-    if max_length is None:
-        return min(MAX_LENGTH, most)
-    return checked_integer("max_length", max_length, 1, most, " (the model's max_position_embeddings)")
 
 
 def checked_texts(texts: Any, name: str) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE, Qwen3
 from qwen3fast.model.moe import Experts
-from qwen3fast.quantization.experts import QuantizedExperts, can_quantize
+from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import ALL_FORMATS, Format, fits, quantize
 from qwen3fast.quantization.layers import QuantizedEmbedding, QuantizedLinear
 
@@ -110,7 +110,7 @@ def quantize_experts(model: Qwen3, name: str | Format, module_name: str) -> None
     """
     experts = model.get_submodule(module_name)
     format = name if isinstance(name, Format) else get_format(name)
-    if isinstance(experts, Experts) and can_quantize(experts, format):
+    if isinstance(experts, Experts) and all(format.fits(*w.shape[1:]) for w in experts.parameters()):
         num_empty = sum(weight.is_meta for weight in experts.parameters())
         if num_empty in (0, 2):
             model.set_submodule(module_name, QuantizedExperts.of(experts, format))

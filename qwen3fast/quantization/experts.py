@@ -115,11 +115,6 @@ class QuantizedExperts(nn.Module):
         return stack
 
 
-def can_quantize(experts: Experts, format: Format) -> bool:
-    """Return whether the experts' shape can be packed (all released Qwen3 can)."""
-    return format.fits(*experts.gate_up_proj.shape[1:]) and format.fits(*experts.down_proj.shape[1:])
-
-
 def _tall(stack_XNK: Tensor, format: Format) -> QuantizedLinear:
     X, N, K = stack_XNK.shape
     if stack_XNK.is_meta:
