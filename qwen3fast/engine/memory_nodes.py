@@ -33,9 +33,10 @@ def interleave(tensors: Iterable[Tensor]) -> int:
     """Have the system spread the memory of tensors evenly over the nodes of this process; contents and addresses stay.
 
     Addresses alternate between nodes every 2 MiB. Other threads may read and write the tensors meanwhile.
+    Pages of files that `use_huge_pages` has not copied may stay on the node that the system read them to.
     Nothing happens on one node, where the user has chosen a policy of memory (numactl), on systems other than Linux,
     where the system refuses (as containers do), and with QWEN3FAST_INTERLEAVE=0.
-    Returns: the number of bytes that have been spread.
+    Returns: the number of bytes that the system was asked to spread.
     Raises: ValueError as `checked_variable`.
     """
     if checked_variable(VARIABLE) == "0" or sys.platform != "linux" or platform.machine() not in NUMBERS:
