@@ -14,6 +14,7 @@ VARIABLES = {  # of the environment: the allowed values, the default first
     "QWEN3FAST_FORMS": ("measured", "first"),
     "QWEN3FAST_CALIBRATE": ("1", "0"),
     "QWEN3FAST_HUGE_PAGES": ("1", "0"),
+    "QWEN3FAST_INTERLEAVE": ("1", "0"),
     "QWEN3FAST_FUSED_STEP": ("1", "0"),
     "QWEN3FAST_PDL": ("1", "0"),
 }

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from qwen3fast.checks import checked_variable
+from qwen3fast.engine import memory_nodes
 from qwen3fast.engine.compile import Function, StepCompiler, StepPart
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.dynamic_sizes import Dynamic, Sizes
 from qwen3fast.engine.fast_layers import use_fast_layers
 from qwen3fast.engine.forms import Forms
+from qwen3fast.engine.memory_nodes import interleave
 from qwen3fast.kernels import cpu, cuda
 from qwen3fast.kernels.attention import finds_used_length
 from qwen3fast.kernels.cpu import huge_pages, sampler
@@ -241,6 +243,7 @@ class Parts:
                 compiler.when_loaded = partial(_after_loading, model, cache, compiler, fit, measure)
             else:
                 checked_variable(huge_pages.VARIABLE)
+                checked_variable(memory_nodes.VARIABLE)
                 _move_later(model, cache)
         fused_step, fused_sampler = _fused_parts(model, cache) if compiler.enabled else (None, None)
         return cls(
@@ -302,15 +305,18 @@ def fit_weights(model: Qwen3, layers: DecodeLayers | None) -> None:
 
 
 def move_to_huge_pages(model: Qwen3, cache: StaticKVCache, is_wanted: Callable[[], bool] = lambda: True) -> None:
-    """Have the system move weights and cache into huge pages, where it can. Steps may run meanwhile.
+    """Have the system move weights and cache into huge pages, over all memory nodes. Steps may run meanwhile.
 
-    is_wanted: whether to go on, while files are copied.
+    is_wanted: whether to go on; asked while files are copied, and after.
     """
 
     def free() -> int | None:
         return free_bytes(torch.device("cpu")) if is_wanted() else 0
 
-    use_huge_pages((*model.parameters(), *model.buffers(), *cache.tensors()), free)
+    tensors = (*model.parameters(), *model.buffers(), *cache.tensors())
+    use_huge_pages(tensors, free)
+    if is_wanted():
+        interleave(tensors)
 
 
 def _move_later(model: Qwen3, cache: StaticKVCache) -> None:

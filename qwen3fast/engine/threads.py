@@ -127,14 +127,14 @@ def usable_cores(system: Path = SYSTEM) -> list[frozenset[int]]:
         except OSError:  # not Linux, or hidden
             siblings = str(cpu)
         cores.setdefault(siblings.strip(), set()).add(cpu)
-    return sorted(map(frozenset, cores.values()), key=lambda core: (_node(min(core), system), min(core)))
+    return sorted(map(frozenset, cores.values()), key=lambda core: (memory_node(min(core), system), min(core)))
 
 
 def _folder(cpu: int, system: Path) -> Path:
     return system / f"devices/system/cpu/cpu{cpu}"
 
 
-def _node(cpu: int, system: Path) -> int:
+def memory_node(cpu: int, system: Path) -> int:
     """Return the number of a CPU's memory node (NUMA), 0 where it is not known."""
     return next((int(link.name.removeprefix("node")) for link in _folder(cpu, system).glob("node[0-9]*")), 0)
 

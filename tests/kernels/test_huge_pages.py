@@ -48,8 +48,8 @@ def refusing(*names, calls=(), libc=huge_pages.ctypes.CDLL):
     """C's library whose functions `names` always fail; `calls` gets the others' names and arguments."""
 
     class System:
-        def __init__(self, library):
-            self.libc = libc(library)
+        def __init__(self, library, **options):
+            self.libc = libc(library, **options)
 
         def __getattr__(self, asked):
             if asked in names:
