@@ -140,6 +140,31 @@ def test_the_second_of_two_devices():
     assert printed == "3"
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_engine_that_reads_tokens_without_waiting_is_wrong(waits):
+    assert run(
+        f"""
+import copy
+from unittest.mock import Mock, patch
+from conftest import randomized, small_config
+from qwen3fast import Generator, SamplingParams
+from qwen3fast.engine.in_flight import TokenRing
+
+def generate(model, compile):
+    with Generator(model, compile=compile, max_seq_len=64) as generator:
+        return generator.generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)).token_ids
+
+model = randomized(small_config(head_dim=32, hidden_size=64), seed=3)
+on_gpu, expected = copy.deepcopy(model).to("cuda"), generate(model, False)
+make = TokenRing.__init__
+without_events = lambda *args, **given: make(*args, **given | {{"make_event": Mock}})
+with patch.object(TokenRing, "__init__", make if {waits} else without_events):
+    print(generate(on_gpu, True) == expected)
+""",
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    ) == str(waits)
+
+
 def test_tiny_answers_on_it():
     """Compiled steps in CUDA graphs, whose kernels' PTX is run."""
     options = ("--model", "tiny", "--device", "cuda", "--temperature", "0", "--max-tokens", "4")
