@@ -48,6 +48,11 @@ def run(body, x=None):
         ("mad.lo.s32 %r4, %r3, -3, 7;", lambda i: 7 - 3 * i),
         ("mul.hi.s32 %r4, %r3, -1;", lambda i: -1 if i else 0),
         ("shr.u32 %r4, %r3, 40;", lambda i: 0),
+        ("div.u32 %r4, %r3, 7;", lambda i: i // 7),
+        ("sub.s32 %r5, %r3, 40;\ndiv.s32 %r4, %r5, 7;", lambda i: int((i - 40) / 7)),
+        ("sub.s32 %r5, %r3, 40;\nrem.s32 %r4, %r5, 7;", lambda i: (i - 40) - 7 * int((i - 40) / 7)),
+        ("cvt.rn.f32.u32 %r5, %r3;\ncvt.sat.f32.f32 %r6, %r5;\ncvt.rzi.s32.f32 %r4, %r6;", lambda i: min(i, 1)),
+        ("mov.b32 %r5, 0f3F800000;\nmov.b32 %r6, 0fB3000000;\nfma.rm.f32 %r4, %r5, %r5, %r6;", lambda i: 0x3F7FFFFF),
         ("bfe.s32 %r4, %r3, 1, 3;", lambda i: (i >> 1 & 7) - 8 * (i >> 3 & 1)),
         ("prmt.b32 %r4, %r3, 0x80, 0x1C00U;", lambda i: i | i << 8 | 0xFF0000),
         ("lop3.b32 %r4, %r3, 12, 10, 0xEA;", lambda i: (i & 12) | 10),
@@ -74,6 +79,32 @@ def test_threads_go_different_ways_and_meet_again():
 $L__BB0_2:
     add.s32 %r4, %r4, 1;"""
     assert run(body).tolist() == [6 if i < 40 else 6 + i for i in range(THREADS)]
+
+
+def test_blocks_have_memory_and_ways_of_their_own():
+    """The second of three blocks ends early; the others meet at barriers of their own."""
+    body = """
+    mov.u32 %r8, %ctaid.x;
+    mul.lo.s32 %r7, %r8, 256;
+    cvt.u64.u32 %rd6, %r7;
+    add.s64 %rd5, %rd5, %rd6;
+    mov.b32 %r4, 7;
+    setp.eq.s32 %p1, %r8, 1;
+    @%p1 bra $L__BB0_2;
+    add.s32 %r5, %r3, %r8;
+    mov.b32 %r6, global_smem;
+    add.s32 %r6, %r6, %r2;
+    st.shared.b32 [ %r6 + 0 ], %r5;
+    bar.sync 0;
+    xor.b32 %r6, %r6, 128;
+    ld.shared.b32 %r4, [%r6];
+$L__BB0_2:"""
+    memory = GlobalMemory()
+    x, result = memory.place(np.arange(THREADS, dtype=np.uint32), is_constant=True), memory.reserve(12 * THREADS)
+    run_grid(KERNEL.replace("BODY", body), (3, 1), 256, memory, [x, result])
+    first, second, third = memory.read(result, 12 * THREADS).view(np.uint32).reshape(3, THREADS).tolist()
+    other = [i ^ 32 for i in range(THREADS)]
+    assert (first, second, third) == (other, [7] * THREADS, [i + 2 for i in other])
 
 
 SHARED = "mov.b32 %r5, global_smem;\nadd.s32 %r6, %r5, %r2;\nst.shared.b32 [ %r6 + 0 ], %r3;\nxor.b32 %r7, %r6, 128;\n"

@@ -4,6 +4,7 @@ Everything compares with the CPU reference in float32 on models of two layers. T
 against the reference's logits, since sums round differently: a token is right if it is the argmax up to rounding.
 
 `GPU_TESTS_ON=cpu` runs the tests' own code on a CPU, where there are no graphs and no kernels to count.
+`GPU_TESTS_SLOWER` multiplies the limits: a simulated GPU (tools/simulated_gpu.py) takes longer.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ MAX_SEQ_LEN, SLOTS = 600, 4
 MODES = {"eager": (False, False), "compiled": (True, False), "graphs": (True, True)}
 # The longest that one test may take, and its fixtures. With nothing compiled before, a one-row block of steps (without
 # the fused step) takes most of it: about ten kernels, dozens of variants of each (coordinate_descent_tuning).
-TEST_S = 180
-FOLDER_S = 330  # after which the tests that are left are skipped
+_SLOWER = float(os.environ.get("GPU_TESTS_SLOWER", "1"))
+TEST_S = 180 * _SLOWER
+FOLDER_S = 330 * _SLOWER  # after which the tests that are left are skipped
 # Most important first.
 ORDER = ("test_steps", "test_tokens", "test_prefill", "test_quantized", "test_adapters_on_gpu", "test_nccl")
 FOLDER = Path(__file__).parent

@@ -58,6 +58,7 @@ def profile_run(run: Callable[[], object], device: torch.device) -> Profile:
 def step_profile(run: Callable[[int], object], device: torch.device) -> dict[str, Any]:
     """Return what one decode step launches, as the difference of two runs that generate SHORT and LONG tokens.
 
+    Counts per step are cut off: a generator may clear a request's row only after its reply is there, in the next run.
     run: generates so many tokens. Returns: `kernels` a step and their `kernel_us`; `graph_launches` and `launches` from
     the host a step (copies included); `eager_kernels`, names of PyTorch's own kernels of single operations, which a
     compiled step should not have; `by_name`, the kernels that take longest, with their count and microseconds a step.
@@ -66,15 +67,21 @@ def step_profile(run: Callable[[int], object], device: torch.device) -> dict[str
     steps = LONG - SHORT
     shorter = profile_run(lambda: run(SHORT), device)
     difference = profile_run(lambda: run(LONG), device).minus(shorter)
-    kernels = Counter({n: c for n, c in difference.kernels.items() if not n.startswith(("Memcpy", "Memset"))})
+    kernels = Counter(
+        {
+            name: per_step
+            for name, count in difference.kernels.items()
+            if not name.startswith(("Memcpy", "Memset")) and (per_step := int(count / steps))
+        }
+    )
     longest = sorted(kernels, key=lambda name: -difference.micros[name])
     return {
-        "kernels": sum(kernels.values()) / steps,
+        "kernels": sum(kernels.values()),
         "kernel_us": sum(difference.micros[name] for name in kernels) / steps,
         "graph_launches": difference.launches["cudaGraphLaunch"] / steps,
         "launches": sum(difference.launches.values()) / steps,
         "eager_kernels": eager_kernels(kernels),
-        "by_name": {name[:120]: [kernels[name] / steps, difference.micros[name] / steps] for name in longest[:25]},
+        "by_name": {name[:120]: [kernels[name], difference.micros[name] / steps] for name in longest[:25]},
     }
 
 

@@ -24,7 +24,7 @@ def _flushed(numbers: Array, found: Instruction) -> Array:
     return np.where(np.abs(numbers) < SMALLEST_NORMAL, numbers * 0, numbers) if "ftz" in found.parts else numbers
 
 
-@instruction("add sub div", f"rn full approx ftz {INTEGERS} {REALS}")
+@instruction("add sub div rem", f"rn full approx ftz {INTEGERS} {REALS}")
 @instruction("min max", f"NaN ftz {INTEGERS} {REALS}")
 @instruction("mul", f"rn ftz lo hi wide {INTEGERS} {REALS}")
 def compute(block: Block, found: Instruction) -> None:
@@ -35,8 +35,12 @@ def compute(block: Block, found: Instruction) -> None:
         operation = EXTREMES[name] if "NaN" in found.parts else ARITHMETIC[name]
         result = _flushed(operation(_flushed(x, found), _flushed(y, found)), found)
         block.write(found.operands[0], result, kind)
-    elif name == "div":
-        raise EmulatorError("unknown instruction")
+    elif name in ("div", "rem"):
+        divisor = np.where(y == 0, y.dtype.type(1), y)  # what it gives is not specified
+        quotient = np.abs(x) // np.abs(divisor)  # towards zero
+        if x.dtype == np.int64:
+            quotient = quotient * np.sign(x) * np.sign(divisor)
+        block.write(found.operands[0], quotient if name == "div" else x - quotient * divisor, kind)
     else:
         result = (ARITHMETIC | EXTREMES)[name](x, y)
         _write_product(block, found, result)
@@ -52,9 +56,9 @@ def _write_product(block: Block, found: Instruction, result: Array) -> None:
     block.write(found.operands[0], result, f"b{2 * BITS[kind]}" if "wide" in found.parts else kind)
 
 
-@instruction("fma mad", f"rn ftz lo wide {INTEGERS} {REALS}")
+@instruction("fma mad", f"rn rm ftz lo wide {INTEGERS} {REALS}")
 def multiply_and_add(block: Block, found: Instruction) -> None:
-    """Compute x * y + z, rounding once."""
+    """Compute x * y + z, rounding once, to the nearest or downwards (rm)."""
     kind, last = found.type, found.type
     if kind not in FLOATS:
         last = f"{kind[0]}{2 * BITS[kind]}" if "wide" in found.parts else kind
@@ -62,7 +66,10 @@ def multiply_and_add(block: Block, found: Instruction) -> None:
     if kind in FLOATS:
         x, y, z = (_flushed(number, found).astype(np.float64) for number in (x, y, z))
         result = x * y + z
-        block.write(found.operands[0], _flushed(result.astype(np.float32) if kind == "f32" else result, found), kind)
+        rounded = result.astype(np.float32) if kind == "f32" else result
+        if "rm" in found.parts:
+            rounded = np.where(rounded > result, np.nextafter(rounded, rounded.dtype.type(-np.inf)), rounded)
+        block.write(found.operands[0], _flushed(rounded, found), kind)
     else:
         _write_product(block, found, x * y + z)
 
@@ -95,9 +102,9 @@ def compare(block: Block, found: Instruction) -> None:
     block.write(found.operands[0], result, "pred")
 
 
-@instruction("cvt", f"rn rz rzi rni rpi rmi ftz u8 s8 e4m3x2 {INTEGERS} {REALS}")
+@instruction("cvt", f"rn rz rzi rni rpi rmi ftz sat u8 s8 e4m3x2 {INTEGERS} {REALS}")
 def convert(block: Block, found: Instruction) -> None:
-    """Convert between types. Integers of floats are limited to their range, and 0 for NaN."""
+    """Convert between types. Integers of floats are limited to their range, and 0 for NaN; with "sat" to 0 to 1."""
     to, kind = found.parts[-2:]
     numbers = [block.read(operand, kind) for operand in found.operands[1:]]
     if to.endswith("x2") and kind == "f32":
@@ -109,6 +116,8 @@ def convert(block: Block, found: Instruction) -> None:
         x = ROUNDED[found.parts[1]](x)
     elif "rz" in found.parts or (kind in FLOATS and to not in FLOATS):
         raise EmulatorError("unknown instruction")
+    if "sat" in found.parts:
+        x = np.nan_to_num(np.clip(x, 0, 1))
     if kind in FLOATS and to not in FLOATS:
         block.write(found.operands[0], _limited(x, to), to)
     else:

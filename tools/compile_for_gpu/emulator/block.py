@@ -1,4 +1,4 @@
-"""A block of threads that execute a program in lockstep."""
+"""Blocks of threads that execute a program in lockstep."""
 
 from __future__ import annotations
 
@@ -45,35 +45,39 @@ def instruction(names: str, parts: str = "") -> Callable[[Execute], Execute]:
 
 
 class Block:
-    """The registers, the shared memory and the progress of a block's threads.
+    """The registers, the shared memory and the progress of the threads of one or more blocks of a grid.
 
     Threads that a branch sends elsewhere wait until all others have come as far: those that are behind run first.
+    NumPy takes hardly longer for many threads than for few: the blocks run side by side.
 
     Attributes:
-        active: the threads that execute the instruction. threads: their numbers. warps: the warp of each thread.
+        active: the threads that execute the instruction. num_threads: of all blocks. warps: the warp of each thread.
+        blocks: the block of each thread, from 0.
     """
 
     def __init__(
         self,
         program: Program,
         grid: tuple[int, int],
-        place: tuple[int, int],
+        places: Sequence[tuple[int, int]],
         shared_bytes: int,
         memory: GlobalMemory,
         parameters: Sequence[int],
     ) -> None:
-        self.memory, self.shared, self.parameters = memory, SharedMemory(shared_bytes), parameters
-        self.num_threads = program.num_threads
-        self.threads = np.arange(self.num_threads, dtype=np.uint64)
-        self.warps = self.threads // np.uint64(WARP)
+        count, size = len(places), program.num_threads
+        self.memory, self.parameters = memory, parameters
+        self.shared = SharedMemory(shared_bytes, count, -(-size // WARP))
+        self.num_blocks, self.num_threads = count, count * size
+        threads = np.arange(self.num_threads, dtype=np.uint64)
+        self.warps, self.blocks = threads // np.uint64(WARP), (threads // np.uint64(size)).astype(np.int64)
         self._everywhere = np.ones(self.num_threads, bool)
         self.active = self._everywhere
         self._program = program
         self._next = np.zeros(self.num_threads, np.int64)  # each thread's next instruction
-        self._registers = {"%tid.x": self.threads, "global_smem": np.zeros(self.num_threads, np.uint64)}
-        for axis, size, number in zip("xy", grid, place, strict=True):
-            self._registers[f"%nctaid.{axis}"] = np.full(self.num_threads, size, np.uint64)
-            self._registers[f"%ctaid.{axis}"] = np.full(self.num_threads, number, np.uint64)
+        self._registers = {"%tid.x": threads % np.uint64(size), "global_smem": np.zeros(self.num_threads, np.uint64)}
+        for i, axis in enumerate("xy"):
+            self._registers[f"%nctaid.{axis}"] = np.full(self.num_threads, grid[i], np.uint64)
+            self._registers[f"%ctaid.{axis}"] = np.array([place[i] for place in places], np.uint64)[self.blocks]
         self._known: dict[str, Array] = {}  # of registers whose number is not known in all threads: in which it is
         self._operands_known = self._everywhere  # in which threads all that the instruction has read is known
 
@@ -81,6 +85,19 @@ class Block:
     def is_whole(self) -> bool:
         """True if all threads execute the instruction."""
         return bool(self.active.all())
+
+    @property
+    def active_warps(self) -> Array:
+        """Whether each warp executes the instruction. Raises: EmulatorError if only some of its threads do."""
+        by_warp = self.active.reshape(-1, WARP)
+        if (by_warp.any(1) != by_warp.all(1)).any():
+            raise EmulatorError("not all threads execute an instruction of whole warps")
+        return by_warp.all(1)
+
+    @property
+    def active_blocks(self) -> Array:
+        """The numbers of the blocks of which threads execute the instruction."""
+        return np.unique(self.blocks[self.active])
 
     def run(self) -> None:
         """Execute the program, until all threads have returned."""

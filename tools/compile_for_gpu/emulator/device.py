@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import os
 import subprocess
@@ -22,6 +22,7 @@ from compile_for_gpu.emulator.memory import GlobalMemory
 from compile_for_gpu.emulator.program import Program
 from qwen3fast.kernels.cuda.decode_step.launch import MIN_CAPABILITY
 
+MAX_THREADS = 2**13
 CONSTANTS = {"norm", "w", "scale", "q_norm", "k_norm", "cos", "sin"}  # arguments that no kernel of a step writes
 
 
@@ -139,13 +140,18 @@ class _TensorMemory:
 def run_grid(
     ptx: str, grid: tuple[int, int], shared_bytes: int, memory: GlobalMemory, parameters: Sequence[int]
 ) -> None:
-    """Run all blocks of a grid, one after the other. parameters: the bits of each.
+    """Run all blocks of a grid, MAX_THREADS at once. parameters: the bits of each.
 
     Raises: EmulatorError, with the instruction.
     """
-    program = Program.parse(ptx)
-    for y, x in itertools.product(range(grid[1]), range(grid[0])):
-        Block(program, grid, (x, y), shared_bytes, memory, parameters).run()
+    program = parsed(ptx)
+    places = [(x, y) for y in range(grid[1]) for x in range(grid[0])]
+    count = max(1, MAX_THREADS // program.num_threads)
+    for i in range(0, len(places), count):
+        Block(program, grid, places[i : i + count], shared_bytes, memory, parameters).run()
+
+
+parsed = functools.lru_cache(maxsize=1024)(Program.parse)
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from compile_for_gpu.emulator.numbers import Array
@@ -67,23 +69,25 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """A block's shared memory.
+    """The shared memory of blocks.
 
-    Between two barriers, one warp must not access what another writes, unless both write the same.
+    Between two barriers, one warp must not access what another of its block writes, unless both write the same.
     Of each byte it holds the warps that have read and written it since the last barrier, a bit each. An asynchronous
     copy is written when it is waited for.
     """
 
-    def __init__(self, size: int) -> None:
-        self._bytes, self._is_written = np.full(size, POISON, np.uint8), np.zeros(size, bool)
-        self._readers, self._writers = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
-        self._copies = np.zeros(size, np.uint32)  # of each byte, on their way
-        self._issued: list[tuple[Array, Array, Array]] = []
-        self._groups: list[list[tuple[Array, Array, Array]]] = []
+    def __init__(self, size: int, blocks: int = 1, warps: int = 32) -> None:
+        """size: bytes of a block. warps: of a block."""
+        self._size, self._warps = size, warps
+        self._bytes, self._is_written = np.full(blocks * size, POISON, np.uint8), np.zeros(blocks * size, bool)
+        self._readers, self._writers = np.zeros(blocks * size, np.uint32), np.zeros(blocks * size, np.uint32)
+        self._copies = np.zeros(blocks * size, np.uint32)  # of each byte, on their way
+        self._issued: list[list[tuple[Array, Array, Array]]] = [[] for _ in range(blocks)]
+        self._groups: list[list[list[tuple[Array, Array, Array]]]] = [[] for _ in range(blocks)]
 
     def load(self, first: Array, size: int, warps: Array) -> Array:
-        """Return the bytes at each address, [addresses, size]; warps: which of them read each."""
-        places, own = _places(first, size, len(self._bytes)), np.uint32(1) << warps.astype(np.uint32)[:, None]
+        """Return the bytes at each address, [addresses, size]; warps: which of all blocks' warps read each."""
+        places, own = self._located(first, size, warps)
         if not self._is_written[places].all():
             raise EmulatorError("read of shared memory that nothing wrote")
         if (self._writers[places] & ~own).any():
@@ -95,44 +99,55 @@ class SharedMemory:
 
     def store(self, first: Array, data: Array, warps: Array) -> None:
         """Write bytes [addresses, size]."""
-        places = self._check_write(first, data.shape[1], warps)
-        others = self._writers[places] & ~(np.uint32(1) << warps.astype(np.uint32)[:, None])
+        places, own = self._checked(first, data.shape[1], warps)
+        others = self._writers[places] & ~own
         if (others.astype(bool) & (self._bytes[places] != data)).any():
             raise EmulatorError("write to shared memory that another warp writes, without a barrier")
-        self._write(places, data, warps)
+        self._write(places, data, own)
 
     def copy(self, first: Array, data: Array, warps: Array) -> None:
         """Begin to write bytes [addresses, size]."""
-        places = self._check_write(first, data.shape[1], warps)
+        places, own = self._checked(first, data.shape[1], warps)
         np.add.at(self._copies, places, 1)
-        self._issued.append((places, data, warps))
+        blocks = warps // self._warps
+        for block in np.unique(blocks):
+            of_block = blocks == block
+            self._issued[int(block)].append((places[of_block], data[of_block], own[of_block]))
 
-    def commit_copies(self) -> None:
-        """Make a group of the copies since the last group."""
-        self._groups.append(self._issued)
-        self._issued = []
+    def commit_copies(self, blocks: Iterable[int]) -> None:
+        """Make a group of the copies that each block has begun since its last group."""
+        for block in blocks:
+            self._groups[block].append(self._issued[block])
+            self._issued[block] = []
 
-    def wait_for_copies(self, groups: int) -> None:
-        """End the copies of all groups except for the last ones."""
-        while len(self._groups) > groups:
-            for places, data, warps in self._groups.pop(0):
-                np.subtract.at(self._copies, places, 1)
-                self._write(places, data, warps)
+    def wait_for_copies(self, blocks: Iterable[int], groups: int) -> None:
+        """End the copies of all groups of each block except for the last ones."""
+        for block in blocks:
+            while len(self._groups[block]) > groups:
+                for places, data, own in self._groups[block].pop(0):
+                    np.subtract.at(self._copies, places, 1)
+                    self._write(places, data, own)
 
-    def barrier(self) -> None:
-        """Make all writes visible to all warps."""
-        self._readers.fill(0)
-        self._writers.fill(0)
+    def barrier(self, blocks: Array) -> None:
+        """Make all writes of blocks visible to all their warps."""
+        for bits in (self._readers, self._writers):
+            bits.reshape(len(self._groups), self._size)[blocks] = 0
 
-    def _check_write(self, first: Array, size: int, warps: Array) -> Array:
-        places, own = _places(first, size, len(self._bytes)), np.uint32(1) << warps.astype(np.uint32)[:, None]
+    def _located(self, first: Array, size: int, warps: Array) -> tuple[Array, Array]:
+        """Return the places of bytes and the bits of their warps."""
+        block, warp = np.divmod(warps.astype(np.int64), self._warps)
+        places = _places(first, size, self._size) + (block * self._size)[:, None]
+        return places, (np.uint32(1) << warp.astype(np.uint32))[:, None]
+
+    def _checked(self, first: Array, size: int, warps: Array) -> tuple[Array, Array]:
+        places, own = self._located(first, size, warps)
         if (self._readers[places] & ~own).any():
             raise EmulatorError("write to shared memory that another warp reads, without a barrier")
-        return places
+        return places, own
 
-    def _write(self, places: Array, data: Array, warps: Array) -> None:
+    def _write(self, places: Array, data: Array, own: Array) -> None:
         self._bytes[places], self._is_written[places] = data, True
-        np.bitwise_or.at(self._writers, places, np.uint32(1) << warps.astype(np.uint32)[:, None])
+        np.bitwise_or.at(self._writers, places, own)
 
 
 def _places(first: Array, size: int, limit: int) -> Array:

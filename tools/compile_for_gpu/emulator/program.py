@@ -57,6 +57,8 @@ class Program(NamedTuple):
                     break
             elif statement.startswith(".reg"):
                 scopes.declare(statement)
+            elif statement.startswith(".param"):  # an argument of a call
+                continue
             elif found := STATEMENT.fullmatch(statement):
                 negated, guard, name, operands = found.groups()
                 split = tuple(_split(scopes.renamed(operands)))

@@ -10,7 +10,7 @@ from compile_for_gpu.emulator.block import Block, instruction, registers_of
 from compile_for_gpu.emulator.numbers import BITS, INTEGERS, PLAIN_BITS, from_bytes, low_bits, to_bytes
 from compile_for_gpu.emulator.program import EmulatorError, Instruction
 
-CACHING = "L1::evict_first L2::cache_hint"
+CACHING = "L1::evict_first L1::evict_last L2::cache_hint"
 
 
 @instruction("ret")
@@ -25,6 +25,13 @@ def branch(block: Block, found: Instruction) -> None:
     block.go(found.operands[0])
 
 
+@instruction("call trap", "uni")
+def fail(block: Block, found: Instruction) -> None:
+    """Fail: a kernel calls nothing but the function for assertions that do not hold."""
+    if block.active.any():
+        raise EmulatorError("an assertion of the kernel does not hold")
+
+
 @instruction("griddepcontrol", "wait launch_dependents")
 def order_kernels(block: Block, found: Instruction) -> None:
     """Wait for the previous kernel, or let the next one start."""
@@ -32,7 +39,7 @@ def order_kernels(block: Block, found: Instruction) -> None:
         block.memory.may_access_all = True
 
 
-@instruction("createpolicy", "fractional L2::evict_first b64")
+@instruction("createpolicy", "fractional L2::evict_first L2::evict_last b64")
 def create_policy(block: Block, found: Instruction) -> None:
     """Make a policy of caches, which changes no number."""
     block.write(found.operands[0], np.zeros(block.num_threads, np.uint64), "b64")
@@ -52,6 +59,12 @@ def move(block: Block, found: Instruction) -> None:
     bits, size = block.read(sources[0], kind), BITS[kind] // len(targets)
     for i, name in enumerate(targets):
         block.write(name, bits >> np.uint64(size * i), f"b{size}" if len(targets) > 1 else kind)
+
+
+@instruction("cvta", "global u64")
+def name_constant(block: Block, found: Instruction) -> None:
+    """Take the address of a text for a failed assertion, which nothing reads."""
+    block.write(found.operands[0], np.zeros(block.num_threads, np.uint64), "b64")
 
 
 @instruction("ld", f"global shared shared::cta param v2 v4 {CACHING} {PLAIN_BITS} {INTEGERS} f32 f64")
@@ -74,10 +87,10 @@ def load(block: Block, found: Instruction) -> None:
         block.write(name, block.expand(from_bytes(data[:, i * size : (i + 1) * size])), f"b{8 * size}")
 
 
-@instruction("st", f"global shared shared::cta v2 v4 {PLAIN_BITS} {INTEGERS} f32 f64")
+@instruction("st", f"global param shared shared::cta v2 v4 {PLAIN_BITS} {INTEGERS} f32 f64")
 def store(block: Block, found: Instruction) -> None:
     """Store one or more registers to memory."""
-    if not block.active.any():
+    if "param" in found.parts or not block.active.any():  # arguments of calls are of no interest
         return
     size = BITS[found.type] // 8
     bits = [block.read(name, f"b{8 * size}", is_used=True)[block.active] for name in registers_of(found.operands[1])]
@@ -94,12 +107,12 @@ def copy(block: Block, found: Instruction) -> None:
     """Begin or end asynchronous copies from global to shared memory, or prefetch, which only must be possible."""
     operands, modifiers = found.operands, set(found.parts[1:])
     if "commit_group" in modifiers:
-        block.shared.commit_copies()
+        block.shared.commit_copies(block.active_blocks)
     elif "wait_group" in modifiers:
-        block.shared.wait_for_copies(int(operands[0]))
+        block.shared.wait_for_copies(block.active_blocks, int(operands[0]))
     elif "wait_all" in modifiers:
-        block.shared.commit_copies()
-        block.shared.wait_for_copies(0)
+        block.shared.commit_copies(block.active_blocks)
+        block.shared.wait_for_copies(block.active_blocks, 0)
     elif "prefetch" in modifiers:
         pairs = zip(
             block.addresses(operands[0])[block.active],

@@ -19,25 +19,23 @@ def _by_warp(numbers: Array) -> Array:
     return numbers.reshape(-1, WARP)
 
 
-def _need_all(block: Block) -> None:
-    if not block.is_whole:
-        raise EmulatorError("not all threads execute an instruction of whole warps")
-
-
 @instruction("bar", "sync warp")
 def wait_for_all(block: Block, found: Instruction) -> None:
     """Wait for all threads of the block, or of the warp."""
-    _need_all(block)
+    warps = block.active_warps
     if "warp" not in found.parts:
+        blocks = block.active_blocks
         if found.operands != ("0",):
             raise EmulatorError("unknown instruction")
-        block.shared.barrier()
+        if WARP * warps.sum() * block.num_blocks != len(blocks) * block.num_threads:
+            raise EmulatorError("not all threads of a block wait")
+        block.shared.barrier(blocks)
 
 
 @instruction("shfl", "sync up down bfly idx b32")
 def shuffle(block: Block, found: Instruction) -> None:
     """Read the register of another thread in the warp; a thread's own if there is none."""
-    _need_all(block)
+    _ = block.active_warps
     target, source, *rest = found.operands
     distance, limits = (_by_warp(low_bits(block.read(operand, "b32"), 13)).astype(np.int64) for operand in rest[:2])
     distance, clamp, segment = distance & 31, limits & 31, limits >> 8
@@ -63,7 +61,7 @@ def shuffle(block: Block, found: Instruction) -> None:
 @instruction("redux", "sync add min max s32 u32")
 def reduce(block: Block, found: Instruction) -> None:
     """Compute the sum or an extreme of the numbers of the threads in a mask."""
-    _need_all(block)
+    _ = block.active_warps
     target, source, members = found.operands
     numbers = _by_warp(block.read(source, found.type, is_used=True))
     masks = _by_warp(block.read(members, "b32", is_used=True))
@@ -80,9 +78,9 @@ def _start(found: Instruction) -> dict[str, int]:
 
 
 def _tile_places(block: Block, operand: str, tile: int) -> tuple[Array, Array]:
-    """Return the addresses of a tile's rows, which eight of each warp's threads give, and their warps."""
-    first = slice(TILE_ROWS * tile, TILE_ROWS * (tile + 1))
-    return _by_warp(block.addresses(operand))[:, first].reshape(-1), _by_warp(block.warps)[:, first].reshape(-1)
+    """Return the addresses of a tile's rows, which eight of each active warp's threads give, and their warps."""
+    first, warps = slice(TILE_ROWS * tile, TILE_ROWS * (tile + 1)), block.active_warps
+    return tuple(_by_warp(x)[warps, first].reshape(-1) for x in (block.addresses(operand), block.warps))
 
 
 def _transposed(rows: Array, found: Instruction) -> Array:
@@ -93,12 +91,11 @@ def _transposed(rows: Array, found: Instruction) -> Array:
 @instruction("ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared b16")
 def load_tiles(block: Block, found: Instruction) -> None:
     """Load tiles of 8 x 8 numbers of two bytes: a thread gets two neighbors of a row."""
-    _need_all(block)
     for tile, name in enumerate(registers_of(found.operands[0])):
         rows = block.shared.load(*_split_rows(block, found.operands[1], tile))
         numbers = _transposed(np.ascontiguousarray(rows).view(np.uint16).reshape(-1, TILE_ROWS, TILE_ROWS), found)
         pairs = np.stack([numbers[:, GROUP, PAIR], numbers[:, GROUP, PAIR + 1]], axis=2).reshape(-1, 2)
-        block.write(name, from_bytes(np.ascontiguousarray(pairs).view(np.uint8)), "b32")
+        block.write(name, block.expand(from_bytes(np.ascontiguousarray(pairs).view(np.uint8))), "b32")
 
 
 def _split_rows(block: Block, operand: str, tile: int) -> tuple[Array, int, Array]:
@@ -109,24 +106,21 @@ def _split_rows(block: Block, operand: str, tile: int) -> tuple[Array, int, Arra
 @instruction("stmatrix", "sync aligned m8n8 x1 x2 x4 trans shared b16")
 def store_tiles(block: Block, found: Instruction) -> None:
     """Store tiles, as `load_tiles` loads them."""
-    _need_all(block)
+    warps = block.active_warps
     for tile, name in enumerate(registers_of(found.operands[1])):
-        pairs = (
-            np.ascontiguousarray(to_bytes(block.read(name, "b32", is_used=True), 4))
-            .view(np.uint16)
-            .reshape(-1, WARP, 2)
-        )
+        bits = np.ascontiguousarray(to_bytes(block.read(name, "b32", is_used=True), 4))
+        pairs = bits.view(np.uint16).reshape(-1, WARP, 2)[warps]
         numbers = np.zeros((len(pairs), TILE_ROWS, TILE_ROWS), np.uint16)
         numbers[:, GROUP, PAIR], numbers[:, GROUP, PAIR + 1] = pairs[:, :, 0], pairs[:, :, 1]
         rows = np.ascontiguousarray(_transposed(numbers, found)).view(np.uint8).reshape(-1, 2 * TILE_ROWS)
-        first, warps = _tile_places(block, found.operands[0], tile)
-        block.shared.store(first, rows, warps)
+        first, of_rows = _tile_places(block, found.operands[0], tile)
+        block.shared.store(first, rows, of_rows)
 
 
 @instruction("mma", "sync aligned m16n8k16 row col f32 bf16 f16")
 def multiply_tiles(block: Block, found: Instruction) -> None:
     """Compute A @ B + C for each warp; A: 16 x 16, B: 16 x 8. Source: "Matrix Fragments for mma.m16n8k16"."""
-    _need_all(block)
+    _ = block.active_warps
     kind = found.parts[-2]
     if found.parts[-4:] != ("f32", kind, kind, "f32"):
         raise EmulatorError("unknown instruction")
