@@ -40,18 +40,11 @@ def chunk_attention(
     is_quantized = k_scale_RKS is not None
     scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (y_BTHD, y_BTHD)  # not read then
     queries, block = tile_shape(q_BTHD.dtype, is_quantized)
+    arguments = (q_BTHD, k_RKSD, v_RKSD, *scales, position_BT, row_B, y_BTHD, T, S, D**-0.5)
+    sizes = {"H": H, "G": H // K, "D": D, "QUERIES": queries, "BLOCK": block, "IS_QUANTIZED": is_quantized}
+    grid, stages = (triton.cdiv(T, queries), B * H), num_stages(q_BTHD.dtype)
     with current(q_BTHD.device):
-        chunk_kernel[(triton.cdiv(T, queries), B * H)](
-            *(q_BTHD, k_RKSD, v_RKSD, *scales, position_BT, row_B, y_BTHD, T, S, D**-0.5),
-            H=H,
-            G=H // K,
-            D=D,
-            QUERIES=queries,
-            BLOCK=block,
-            IS_QUANTIZED=is_quantized,
-            num_warps=4,
-            num_stages=num_stages(q_BTHD.dtype),
-        )
+        chunk_kernel[grid](*arguments, **sizes, num_warps=4, num_stages=stages)
     return y_BTHD
 
 

@@ -62,16 +62,7 @@ define(
 
 @triton.jit
 def _multiply_chosen(
-    x,
-    words,
-    scale,
-    expert,
-    y,
-    num_words,
-    share,
-    channels: tl.constexpr,
-    kind: tl.constexpr,
-    block: tl.constexpr,
+    x, words, scale, expert, y, num_words, share, channels: tl.constexpr, kind: tl.constexpr, block: tl.constexpr
 ):
     """Program (b, c, p): part c of the channels of weight rows 16b..16b+15 of row p's expert."""
     b, c, p = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -154,35 +154,22 @@ def _attend_split(
     is_real = row < group
     query = tl.load(q + (i * group + row[:, None]) * head_dim + channel[None, :], mask=is_real[:, None], other=0.0)
     most = tl.full([rows], -1e30, tl.float32)
-    weight_sum = tl.zeros([rows], tl.float32)
+    mass = tl.zeros([rows], tl.float32)
     values = tl.zeros([rows, head_dim], tl.float32)
     for first in range(start, end, block):
         at = first + tl.arange(0, block)
         is_used = at < end
         vector, seen = i.to(tl.int64) * num_positions + at, is_used[None, :]
-        most, weight_sum, values = attend_block(
-            query,
-            k,
-            v,
-            k_scale,
-            v_scale,
-            vector,
-            is_used,
-            seen,
-            scale,
-            most,
-            weight_sum,
-            values,
-            head_dim,
-            is_quantized,
+        most, mass, values = attend_block(
+            query, k, v, k_scale, v_scale, vector, is_used, seen, scale, most, mass, values, head_dim, is_quantized
         )
     out = (i * group + row) * num_parts + split
     at = out[:, None] * head_dim + channel[None, :]
     if is_whole:
-        tl.store(y + at, (values / weight_sum[:, None]).to(y.dtype.element_ty), mask=is_real[:, None])
+        tl.store(y + at, (values / mass[:, None]).to(y.dtype.element_ty), mask=is_real[:, None])
     else:
         tl.store(maximum + out, most, mask=is_real)
-        tl.store(total + out, weight_sum, mask=is_real)
+        tl.store(total + out, mass, mask=is_real)
         tl.store(part + at, values, mask=is_real[:, None])
 
 

@@ -73,21 +73,10 @@ def attend(
     is_quantized = k_scale_RKS is not None
     scales = (k_scale_RKS, v_scale_RKS) if is_quantized else (splits.maximum, splits.total)  # not read then
     device = y_BN.device
-    launch(
-        attention_kernel,
-        (B * K, N),
-        *(qkv_BN, q_norm_D, k_norm_D, eps, cos_SD, sin_SD, position_B, k_RKSD, v_RKSD, *scales, *splits, y_BN),
-        *(S, D**-0.5),
-        device=device,
-        K=K,
-        G=H // K,
-        D=D,
-        ROWS=max(MIN_DOT, triton.next_power_of_2(H // K)),
-        BLOCK=BLOCK,
-        N=N,
-        IS_QUANTIZED=is_quantized,
-        num_stages=num_stages(y_BN.dtype),
-    )
+    inputs = (qkv_BN, q_norm_D, k_norm_D, eps, cos_SD, sin_SD, position_B, k_RKSD, v_RKSD)
+    sizes = {"K": K, "G": H // K, "D": D, "ROWS": max(MIN_DOT, triton.next_power_of_2(H // K)), "BLOCK": BLOCK, "N": N}
+    sizes |= {"IS_QUANTIZED": is_quantized, "num_stages": num_stages(y_BN.dtype)}
+    launch(attention_kernel, (B * K, N), *inputs, *scales, *splits, y_BN, S, D**-0.5, device=device, **sizes)
     if N > 1:
         width = triton.next_power_of_2(N)
         launch(combine_kernel, (B * H,), position_B, *splits, y_BN, device=device, H=H, D=D, N=N, W=width, BLOCK=BLOCK)

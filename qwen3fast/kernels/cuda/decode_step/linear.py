@@ -84,28 +84,11 @@ def _product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
 def _launch(x_RK: Tensor, norm_K: Tensor | None, eps: float, weight: Weight, y_RN: Tensor, use: int) -> None:
     (R, K), N = x_RK.shape, y_RN.shape[1]
     BN, BK = tile_shape(N, K, weight.kind, x_RK.dtype, num_tiles=2 if use == GATE else 1)
-    launch(
-        linear_kernel,
-        (triton.cdiv(N, BN),),
-        x_RK,
-        x_RK if norm_K is None else norm_K,
-        weight.tensor,
-        weight.scale,
-        y_RN,
-        eps,
-        device=x_RK.device,
-        R=R,
-        ROWS=columns_of(R),
-        N=N,
-        K=K,
-        BN=BN,
-        BK=BK,
-        KIND=weight.kind,
-        P=channels_of(weight.kind),
-        HAS_NORM=norm_K is not None,
-        USE=use,
-        num_stages=num_stages(x_RK.dtype),
-    )
+    arguments = (x_RK, x_RK if norm_K is None else norm_K, weight.tensor, weight.scale, y_RN, eps)
+    sizes = {"R": R, "ROWS": columns_of(R), "N": N, "K": K, "BN": BN, "BK": BK}
+    sizes |= {"KIND": weight.kind, "P": channels_of(weight.kind), "HAS_NORM": norm_K is not None, "USE": use}
+    grid, stages = (triton.cdiv(N, BN),), num_stages(x_RK.dtype)
+    launch(linear_kernel, grid, *arguments, device=x_RK.device, **sizes, num_stages=stages)
 
 
 @triton.jit

@@ -88,23 +88,12 @@ def vocabulary(
     """
     (R, E), V = x_RE.shape, weight.shape[0]
     BN, BK = tile_shape(E, weight.kind, x_RE.dtype)
-    launch(
-        vocabulary_kernel,
-        (best.logit.shape[1],),
-        *(x_RE, norm_E, weight.tensor, weight.scale),
-        *(*best, best.logit if logits_RV is None else logits_RV, eps),
-        device=x_RE.device,
-        R=R,
-        ROWS=columns_of(R),
-        N=V,
-        K=E,
-        BN=BN,
-        BK=BK,
-        KIND=weight.kind,
-        P=channels_of(weight.kind),
-        HAS_LOGITS=logits_RV is not None,
-        num_stages=num_stages(x_RE.dtype),
-    )
+    logits = best.logit if logits_RV is None else logits_RV
+    arguments = (x_RE, norm_E, weight.tensor, weight.scale, *best, logits, eps)
+    sizes = {"R": R, "ROWS": columns_of(R), "N": V, "K": E, "BN": BN, "BK": BK}
+    sizes |= {"KIND": weight.kind, "P": channels_of(weight.kind), "HAS_LOGITS": logits_RV is not None}
+    grid, stages = (best.logit.shape[1],), num_stages(x_RE.dtype)
+    launch(vocabulary_kernel, grid, *arguments, device=x_RE.device, **sizes, num_stages=stages)
 
 
 def tile_shape(hidden_size: int, kind: int, dtype: torch.dtype) -> tuple[int, int]:
