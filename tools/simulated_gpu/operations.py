@@ -41,20 +41,35 @@ def install(runtime: Runtime) -> torch.library.Library:
         runs = runtime.runs_all or base not in PRODUCTS | ATTENTION
         function: Callable[..., Any] = _Operation(runtime, operation, runs)
         if base == "copy_":
-            function = _copy(function, native_copy)
+            function = _copy(runtime, function, native_copy)
         library.impl(full_name, function, "CUDA", allow_override=True)
     return library
 
 
-def _copy(on_device: Callable[..., Any], native: Any) -> Callable[..., Any]:
-    """Return `copy_`: within a device as other operations, between host and device PyTorch's own, a copy of bytes."""
+def _copy(runtime: Runtime, on_device: Callable[..., Any], native: Any) -> Callable[..., Any]:
+    """Return `copy_`: between host and device PyTorch's own, unless it would wait and keep Python from going on."""
 
     def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if target.is_cuda and source.is_cuda:
             on_device(target, source)
             return target
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        native.call_boxed(keys, target, source, non_blocking)
+        on_host, device = (source, target.device) if target.is_cuda else (target, source.device)
+        with torch.cuda.device(device):
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            if (non_blocking and on_host.is_pinned()) or runtime.is_capturing(stream):
+                native.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), target, source, non_blocking)
+            elif target.is_cuda:
+                values = source.expand(target.shape).to(target.dtype).contiguous()
+                staged = target if target.is_contiguous() else torch.empty_like(target).contiguous()
+                runtime.copy(staged.data_ptr(), values.data_ptr(), values.nbytes, stream)
+                if staged is not target:
+                    on_device(target, staged)
+            else:
+                values = source.expand(target.shape).to(target.dtype).contiguous()
+                staged = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
+                runtime.copy(staged.data_ptr(), values.data_ptr(), values.nbytes, stream)
+                if staged is not target:
+                    target.copy_(staged)
         return target
 
     return copy

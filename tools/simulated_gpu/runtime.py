@@ -68,9 +68,7 @@ class Runtime:
             raise RuntimeError("an earlier kernel of the simulated GPU failed") from self.errors.pop()
         number = next(self._numbers)
         self._functions[number] = function, self.is_capturing(stream)
-        error = self._library.simulated_kernel(stream, name.encode(), self._run, number)
-        if error:
-            raise RuntimeError(f"CUDA error: {self._library.cudaGetErrorString(error).decode()}")
+        self._check(self._library.simulated_kernel(stream, name.encode(), self._run, number))
 
     def is_capturing(self, stream: int) -> bool:
         """Return whether operations of a stream go into a graph."""
@@ -78,7 +76,15 @@ class Runtime:
 
     def synchronize(self, stream: int) -> None:
         """Wait for a stream. Raises: RuntimeError during a capture."""
-        error = self._library.cudaStreamSynchronize(ctypes.c_void_p(stream))
+        self._check(self._library.cudaStreamSynchronize(ctypes.c_void_p(stream)))
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Copy bytes from one address to another, and wait for it. Raises: RuntimeError during a capture."""
+        addresses = (ctypes.c_void_p(target), ctypes.c_void_p(source))
+        self._check(self._library.cudaMemcpyAsync(*addresses, ctypes.c_size_t(size), 4, ctypes.c_void_p(stream)))
+        self.synchronize(stream)
+
+    def _check(self, error: int) -> None:
         if error:
             self._library.cudaGetLastError()
             raise RuntimeError(f"CUDA error: {self._library.cudaGetErrorString(error).decode()}")
