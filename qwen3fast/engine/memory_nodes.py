@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ UNKNOWN = (-1, 0)  # instead of a policy and its nodes
 MAX_NODES = 1024
 
 
-def interleave(tensors: Iterable[Tensor]) -> int:
+def interleave(tensors: Iterable[Tensor], is_wanted: Callable[[], bool] = lambda: True) -> int:
     """Have the system spread the memory of tensors evenly over the nodes of this process; contents and addresses stay.
 
     Addresses alternate between nodes every 2 MiB. Other threads may read and write the tensors meanwhile.
     Pages of files that `use_huge_pages` has not copied may stay on the node that the system read them to.
     Nothing happens on one node, where the user has chosen a policy of memory (numactl), on systems other than Linux,
     where the system refuses (as containers do), and with QWEN3FAST_INTERLEAVE=0.
+    is_wanted: whether to go on, asked for each huge page.
     Returns: the number of bytes that the system was asked to spread.
     Raises: ValueError as `checked_variable`.
     """
@@ -51,6 +52,8 @@ def interleave(tensors: Iterable[Tensor]) -> int:
     spread = 0
     for begin, end in whole_pages((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
         for page in range(begin, end, HUGE_PAGE):
+            if not is_wanted():
+                return spread
             # MPOL_INTERLEAVE moves no page that already lies on one of its nodes. It serves pages that are written
             # later, and keeps the system from moving these to other nodes again (NUMA balancing).
             is_moved = _bind(page, MPOL_PREFERRED, [nodes[page // HUGE_PAGE % len(nodes)]], MPOL_MF_MOVE)

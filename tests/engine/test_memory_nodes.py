@@ -128,6 +128,11 @@ def test_refusals_are_survived(two_nodes, monkeypatch, caplog, refused):
     assert re.search(r"not spread over nodes \[0, 0\]: Operation not permitted", caplog.text)
 
 
+def test_spreading_ends_when_it_is_not_wanted_any_more(two_nodes):
+    answers = iter([True, True, False])
+    assert interleave([filled()[0]], lambda: next(answers)) == 2 * HUGE_PAGE
+
+
 def test_switch_leaves_memory_alone(two_nodes, monkeypatch):
     monkeypatch.setenv(memory_nodes.VARIABLE, "0")
     assert interleave([filled()[0]]) == 0
