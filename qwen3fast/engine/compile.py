@@ -436,6 +436,6 @@ def _warn_of_missing_compiler() -> None:
         f"no C++ compiler found that works (tried {_cpp_compiler()}), so steps run uncompiled, slower, several times "
         "so without the C++ operations that wheels of qwen3fast bring. Install one (Debian, Ubuntu: apt-get install "
         "g++; macOS: xcode-select --install) or set CXX to the path of one; compile=False (generate and chat: "
-        "--compile never) silences this.",
+        "--compile never; serve and batch: --no-compile) silences this.",
         stacklevel=2,
     )

@@ -307,7 +307,7 @@ def fit_weights(model: Qwen3, layers: DecodeLayers | None) -> None:
 def move_to_huge_pages(model: Qwen3, cache: StaticKVCache, is_wanted: Callable[[], bool] = lambda: True) -> None:
     """Have the system move weights and cache into huge pages, over all memory nodes. Steps may run meanwhile.
 
-    is_wanted: whether to go on; asked while files are copied, and after.
+    is_wanted: whether to go on, while files are copied and memory is spread.
     """
 
     def free() -> int | None:
@@ -315,8 +315,7 @@ def move_to_huge_pages(model: Qwen3, cache: StaticKVCache, is_wanted: Callable[[
 
     tensors = (*model.parameters(), *model.buffers(), *cache.tensors())
     use_huge_pages(tensors, free)
-    if is_wanted():
-        interleave(tensors)
+    interleave(tensors, is_wanted)
 
 
 def _move_later(model: Qwen3, cache: StaticKVCache) -> None:

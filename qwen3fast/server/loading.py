@@ -42,7 +42,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(add)
     add("--warmup", action=argparse.BooleanOptionalAction, help="compile before the first request; --no-warmup: only "
         "what requests need [on CPUs answer at once and compile meanwhile, on GPUs compile before]")  # fmt: skip
-    add("--no-compile", action="store_true", help="run the model without torch.compile")
+    add("--no-compile", action="store_true", help="run uncompiled, slower; on CPUs also without C++ operations")
 
 
 def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:

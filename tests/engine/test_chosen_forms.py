@@ -296,6 +296,18 @@ def test_chunks_have_attention_by_tiles_where_it_is_faster(options, faster, unco
     assert set(seen) == {NEVER if options else 0}
 
 
+@pytest.mark.parametrize("options", [{}, {"forms": "first"}])
+def test_blocks_one_by_one_have_attention_by_tiles_where_it_is_faster(options, faster, uncompiled, monkeypatch):
+    monkeypatch.setattr(tiles, "are_announced", lambda: True)
+    monkeypatch.setattr(tiles, "_are_usable", True)
+    faster(TILES)
+    engine, seen, real = small_engine(small_model(), **options), [], prefill.tile_length
+    monkeypatch.setattr(engine.parts.forms, "of_chunks", lambda *_: None)
+    monkeypatch.setattr(prefill, "tile_length", lambda *a: seen.append(real(*a)) or seen[-1])
+    assert engine.prefill_whole(0, random_ids(1, 40)[0].tolist()).isfinite().all()
+    assert set(seen) == {NEVER if options else 0}
+
+
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
 def test_experts_are_multiplied_one_by_one_from_a_number_of_tokens(format, monkeypatch):
     monkeypatch.setattr(tiles, "_are_usable", True)

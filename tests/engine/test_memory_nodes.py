@@ -53,7 +53,7 @@ def policy_at(address):
         ({0, 1, 2, 3}, 0b10001, [0, 4]),
         ({0, 1}, 0b10001, [0]),
         ({0, 1, 2, 3}, 0b10000, [4]),
-        ({0, 1, 2, 3}, 0, []),
+        ({0, 1, 2, 3}, None, [0, 4]),
     ],
     ids=["all", "bound to CPUs of one", "one is closed", "not told"],
 )
@@ -61,7 +61,7 @@ def test_nodes_are_those_of_usable_cpus_and_open_memory(tmp_path, monkeypatch, c
     for cpu in range(4):
         (tmp_path / f"devices/system/cpu/cpu{cpu}/node{cpu // 2 * 4}").mkdir(parents=True)
     monkeypatch.setattr(memory_nodes, "usable_cpus", lambda: cpus)
-    monkeypatch.setattr(memory_nodes, "_policy", lambda flags: (0, allowed) if flags == 4 else (0, 0))
+    monkeypatch.setattr(memory_nodes, "_policy", lambda flags: (-1, 0) if allowed is None else (flags - 4, allowed))
     assert usable_nodes(tmp_path) == expected
 
 
@@ -125,8 +125,12 @@ def test_refusals_are_survived(two_nodes, monkeypatch, caplog, refused):
     monkeypatch.setattr(memory_nodes.ctypes, "CDLL", System)
     caplog.set_level("INFO")
     assert interleave([filled()[0]]) == 0
-    is_logged = re.search(r"not spread over nodes \[0, 0\]: Operation not permitted", caplog.text) is not None
-    assert is_logged == (refused == NUMBERS[platform.machine()][0])
+    assert re.search(r"not spread over nodes \[0, 0\]: Operation not permitted", caplog.text)
+
+
+def test_spreading_ends_when_it_is_not_wanted_any_more(two_nodes):
+    answers = iter([True, True, False])
+    assert interleave([filled()[0]], lambda: next(answers)) == 2 * HUGE_PAGE
 
 
 def test_switch_leaves_memory_alone(two_nodes, monkeypatch):
