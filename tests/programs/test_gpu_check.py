@@ -298,10 +298,11 @@ def test_float32_logits_are_those_of_the_model_in_float32():
     assert half.lm_head.weight.dtype == torch.bfloat16
 
 
-def test_quantized_weights_are_checked_against_what_their_bits_stand_for():
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_weights_are_checked_against_what_their_bits_stand_for(name):
     config = small_config(vocab_size=96, hidden_size=64, intermediate_size=96, head_dim=32)
     model = randomized(config, seed=3)
-    quantize_model(model, "int8", torch.float32)
+    quantize_model(model, name, torch.float32)
     plain = randomized(config, seed=3)
     for name, layer in model.named_modules():
         if hasattr(layer, "dequantize"):

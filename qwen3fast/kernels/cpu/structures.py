@@ -218,8 +218,8 @@ def bfloat16_scales(scale: Tensor) -> Tensor:
     power of two, 127 for 1; a scale, relative to it, has a sign, 4 bits of exponent, of which 15 stands for 1, and 3
     bits of fraction. A unit of 0 makes all of a row 0.
     """
-    if scale.dtype == torch.bfloat16:
-        return scale
+    if scale.is_floating_point():  # another dtype after `model.float()`
+        return scale.to(torch.bfloat16)
     unit, byte = scale.view(torch.uint8).int().split([1, scale.shape[1] - 1], dim=1)
     size = torch.where(unit == 0, 0, (unit + (byte >> 3 & 15) - 15) << 7 | (byte & 7) << 4)
     bits: Tensor = (byte & 128) << 8 | size
