@@ -124,6 +124,8 @@ def test_other_warps_writes_are_there_after_a_barrier():
     [
         ("frob.b32 %r4, %r3;", "unknown instruction, at: frob"),
         ("add.sat.s32 %r4, %r3, 1;", "unknown instruction, at: add.sat"),
+        ("cvt.sat.s8.s32 %r4, %r3;", "unknown instruction, at: cvt.sat"),
+        ("mov.b64 %rd6, 0;\nfma.rm.f64 %rd6, %rd6, %rd6, %rd6;", "unknown instruction, at: fma.rm"),
         ("add.s32 %r4, %r8, 1;", "%r4 depends on a register that nothing wrote"),
         ("setp.lt.s32 %p1, %r8, 1;\n@%p1 bra $L__BB0_2;\n$L__BB0_2:", "%p1 depends on a register that nothing wrote"),
         ("setp.lt.s32 %p1, %r3, 40;\n@%p1 mov.b32 %r4, 1;", "%r4 depends on a register that nothing wrote"),

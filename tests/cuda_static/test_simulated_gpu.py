@@ -103,7 +103,84 @@ print(y.tolist())
     assert printed == str([float(waits)] * 3)
 
 
-@pytest.mark.parametrize("call", ["x.sum().item()", "torch.cuda.synchronize()", "x[x > 0]"])
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_capture_ends_when_all_its_streams_have_joined(waits):
+    """One by way of another, whose last operation the capture waits for or not."""
+    printed = run(f"""
+import torch
+x, graph, one, two = torch.ones(3, device="cuda"), torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.Stream()
+torch.cuda.synchronize()
+try:
+    with torch.cuda.graph(graph):
+        one.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(one):
+            x.add_(1)
+        two.wait_stream(one)
+        with torch.cuda.stream(two):
+            x.mul_(3)
+            event = two.record_event()
+            x.add_(1)
+        event = two.record_event() if {waits} else event
+        torch.cuda.current_stream().wait_event(event)
+    graph.replay()
+    print(x.tolist())
+except RuntimeError as err:
+    print(str(err).splitlines()[0])
+""")
+    assert printed == ("[7.0, 7.0, 7.0]" if waits else "CUDA error: capturing stream has unjoined work")
+
+
+def test_an_event_of_a_capture_is_no_event_outside():
+    printed = run("""
+import torch
+x, graph, event = torch.ones(3, device="cuda"), torch.cuda.CUDAGraph(), torch.cuda.Event()
+torch.cuda.synchronize()
+with torch.cuda.graph(graph):
+    x.add_(1)
+    event.record()
+try:
+    torch.cuda.current_stream().wait_event(event)
+except RuntimeError as err:
+    print(str(err).splitlines()[0])
+graph.replay()
+print(x.tolist())
+""")
+    assert printed.startswith("CUDA error: operation not permitted on an event") and printed.endswith("[2.0, 2.0, 2.0]")
+
+
+def test_a_failed_kernel_is_an_error_of_the_next_call_that_waits():
+    printed = run("""
+import torch
+x = torch.ones(3, device="cuda")
+x[torch.tensor([7], device="cuda")]
+try:
+    torch.cuda.synchronize()
+except RuntimeError as err:
+    print(str(err).splitlines()[0])
+print(x.tolist())
+""")
+    assert printed.splitlines() == ["CUDA error: a kernel of the simulated GPU failed", "[1.0, 1.0, 1.0]"]
+
+
+def test_what_waits_and_what_does_not():
+    printed = run("""
+import torch
+x, y, rows = torch.ones(3, device="cuda"), torch.zeros(3).pin_memory(), torch.tensor([1]).cuda()
+is_on = torch.zeros(3, dtype=torch.bool, device="cuda")
+y.copy_(x, non_blocking=True)
+torch.zeros(3).to("cuda", non_blocking=True)  # of memory that is not pinned
+is_on.index_put_((rows,), torch.ones(1, dtype=torch.bool, device="cuda"))
+print(y.tolist())
+x.index_put_((is_on,), torch.full((1,), 5.0, device="cuda")).add_(1)
+print(y.tolist(), x.tolist())
+""")
+    assert printed.splitlines() == ["[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0] [2.0, 6.0, 2.0]"]
+
+
+JOIN_DEFAULT = "torch.cuda.default_stream().wait_stream(torch.cuda.current_stream())"
+
+
+@pytest.mark.parametrize("call", ["x.sum().item()", "torch.cuda.synchronize()", "x[x > 0]", JOIN_DEFAULT])
 def test_a_capture_forbids_waiting(call):
     printed = run(f"""
 import torch
@@ -136,8 +213,20 @@ except torch.OutOfMemoryError:
 
 
 def test_the_second_of_two_devices():
-    printed = run('import torch; print(torch.arange(3, device="cuda:1").sum().item())', SIMULATED_GPUS="2")
-    assert printed == "3"
+    printed = run(
+        """
+import torch
+x, y, z = torch.ones(3, device="cuda"), torch.full((3,), 5.0, device="cuda:1"), torch.zeros(3).pin_memory()
+print(x.add_(1).to("cuda:1").cumsum(0).tolist())
+z.copy_(y, non_blocking=True)
+del y
+torch.cuda.empty_cache()  # which frees the memory of all devices, after their work
+torch.cuda.synchronize("cuda:1")
+print(z.tolist())
+""",
+        SIMULATED_GPUS="2",
+    )
+    assert printed.splitlines() == ["[2.0, 4.0, 6.0]", "[5.0, 5.0, 5.0]"]
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import struct
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ class DeviceMemory:
 
 
 class Utilities:
-    """What Triton asks a driver for."""
+    """Functions of a driver that Triton calls."""
 
     ptx = ""  # of the kernel that is loaded now
 
@@ -188,11 +189,12 @@ def install(runtime: Runtime) -> None:
 
     triton.backends.backends["nvidia"] = dataclasses.replace(triton.backends.backends["nvidia"], driver=Own)
     triton.runtime.driver.set_active(Own())
-    load = CompiledKernel._init_handles
+    load, lock = CompiledKernel._init_handles, threading.Lock()
 
     def loaded(self: CompiledKernel) -> None:
-        Utilities.ptx = self.asm["ptx"]
-        load(self)
+        with lock:
+            Utilities.ptx = self.asm["ptx"]
+            load(self)
 
     CompiledKernel._init_handles = loaded
     from torch._inductor.runtime.benchmarking import Benchmarker

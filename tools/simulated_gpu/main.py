@@ -37,7 +37,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qwen3f
 
 
 def main(argv: list[str]) -> int:
-    """Run the program that the arguments name, as `python` would; its child processes have a simulated GPU, too."""
+    """Run the program that the arguments name, as `python` would; its child processes have a simulated GPU as well."""
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if argv else 2

@@ -51,12 +51,17 @@ def _copy(runtime: Runtime, on_device: Callable[..., Any], native: Any) -> Calla
 
     def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if target.is_cuda and source.is_cuda:
+            here, there = torch.cuda.current_stream(target.device), torch.cuda.current_stream(source.device)
+            if target.device != source.device:  # each stream waits for the other, as for PyTorch's own copies
+                here.wait_stream(there)
             on_device(target, source)
+            if target.device != source.device:
+                there.wait_stream(here)
             return target
-        on_host, device = (source, target.device) if target.is_cuda else (target, source.device)
+        device = target.device if target.is_cuda else source.device
         with torch.cuda.device(device):
             stream = torch._C._cuda_getCurrentRawStream(device.index)
-            if (non_blocking and on_host.is_pinned()) or runtime.is_capturing(stream):
+            if (non_blocking and (target.is_cuda or target.is_pinned())) or runtime.is_capturing(stream):
                 native.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), target, source, non_blocking)
             elif target.is_cuda:
                 values = source.expand(target.shape).to(target.dtype).contiguous()
@@ -106,9 +111,11 @@ class _Operation:
 
     def _enqueue(self, device: torch.device, args: Any, kwargs: Any) -> Any:
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        if self._waits(tree_flatten((args, kwargs))[0]):
+        if self._waits(args):
             self._runtime.synchronize(stream)
             results = self._compute(*_on_host((args, kwargs)))
+            if self._writes:
+                return self._written(args, kwargs)
             return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, results)
         if self._writes:
             self._resize_outputs(args, kwargs)
@@ -164,11 +171,12 @@ class _Operation:
         index = device.index if isinstance(device, torch.device) else None
         return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
-    def _waits(self, values: list[Any]) -> bool:
+    def _waits(self, args: Any) -> bool:
         if self._name in WAIT:
             return True
-        masks = (isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in values[1:])
-        return self._name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(masks)
+        if self._name not in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            return False
+        return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
 
     def _resize_outputs(self, args: Any, kwargs: Any) -> None:
         """Give empty results that the caller has made (out=) their shapes."""

@@ -11,6 +11,7 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -42,9 +43,9 @@ struct Graph {
 };
 
 struct Capture {
-  Graph* graph;
+  std::unique_ptr<Graph> graph = std::make_unique<Graph>();  // null when the capture has ended
   struct Stream* origin;
-  std::set<struct Stream*> unjoined;  // streams whose work the origin does not wait for yet
+  std::map<struct Stream*, size_t> unjoined;  // streams that the origin must wait for, and where in the graph they end
   std::thread::id thread;
   cudaStreamCaptureMode mode;
   unsigned long long id;
@@ -53,7 +54,6 @@ struct Capture {
 
 struct Stream {
   int device = 0;
-  unsigned flags = 0;
   int priority = 0;
   std::deque<Operation> queue;
   unsigned long long issued = 0, done = 0;
@@ -63,7 +63,7 @@ struct Stream {
 
 struct Event {
   Stream* stream = nullptr;  // where it was recorded last
-  unsigned long long position = 0;
+  unsigned long long position = 0;  // in the stream, or in the graph of a capture
   std::shared_ptr<Capture> capture;
   std::shared_ptr<Clock::time_point> time = std::make_shared<Clock::time_point>();
 };
@@ -78,6 +78,7 @@ constexpr int kMaxDevices = 8;
 
 std::mutex mutex;
 std::condition_variable changed;
+std::atomic<cudaError_t> failure = cudaSuccess;  // of a kernel, told to the next call that may know
 Stream legacy[kMaxDevices];
 std::set<Stream*> streams;
 std::map<uintptr_t, Range> ranges;  // by first address
@@ -98,7 +99,7 @@ size_t number_of(const char* variable, size_t otherwise) {
 }
 
 int devices() {
-  static const int count = static_cast<int>(number_of("SIMULATED_GPUS", 1));
+  static const int count = std::min(kMaxDevices, static_cast<int>(number_of("SIMULATED_GPUS", 1)));
   return count;
 }
 
@@ -116,6 +117,8 @@ cudaError_t failed(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
   return error;
 }
+
+cudaError_t told_failure() { return failed(failure.exchange(cudaSuccess)); }
 
 Stream* stream_of(cudaStream_t handle) {
   // 0 and 1: the device's default stream. 2, one per thread, is not used by PyTorch.
@@ -177,7 +180,7 @@ cudaError_t enqueue(Stream* stream, std::function<void()> run, std::string name 
   if (stream->capture) {
     if (stream->capture->broken) return failed(cudaErrorStreamCaptureInvalidated);
     stream->capture->graph->operations.push_back({std::move(run), std::move(name)});
-    if (stream != stream->capture->origin) stream->capture->unjoined.insert(stream);
+    if (stream != stream->capture->origin) stream->capture->unjoined[stream] = stream->capture->graph->operations.size();
     return cudaSuccess;
   }
   if (is_logging && !name.empty()) log_of_launches.push_back(name);
@@ -270,9 +273,13 @@ extern "C" {
 
 // --- For Python ---------------------------------------------------------------------------------------------------
 
-// Enqueue a function of the host that stands for a kernel.
-int simulated_kernel(void* stream, const char* name, void (*function)(void*), void* argument) {
-  return enqueue(stream_of(static_cast<cudaStream_t>(stream)), [=] { function(argument); }, name);
+// Enqueue a function of the host that stands for a kernel, and returns whether it failed.
+int simulated_kernel(void* stream, const char* name, int (*function)(void*), void* argument) {
+  if (const cudaError_t error = told_failure()) return error;
+  auto run = [=] {
+    if (function(argument)) failure = cudaErrorLaunchFailure;
+  };
+  return enqueue(stream_of(static_cast<cudaStream_t>(stream)), run, name);
 }
 
 // Begin to note the kernels that are launched, and those that run.
@@ -415,7 +422,7 @@ cudaError_t cudaDeviceSynchronize() {
   RETURN_IF_FORBIDDEN();
   Lock lock(mutex);
   drain_all(lock, current_device);
-  return cudaSuccess;
+  return told_failure();
 }
 
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
@@ -453,9 +460,12 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaSuccess: return "no error";
     case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorNotSupported: return "the simulated GPU does not have this operation";
+    case cudaErrorLaunchFailure: return "a kernel of the simulated GPU failed";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
     case cudaErrorStreamCaptureUnjoined: return "capturing stream has unjoined work";
+    case cudaErrorStreamCaptureImplicit: return "operation would make the legacy stream depend on a capturing stream";
+    case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
     default: return cudaGetErrorName(error);
   }
 }
@@ -472,7 +482,8 @@ cudaError_t cudaFree(void* pointer) {
   if (!pointer) return cudaSuccess;
   RETURN_IF_FORBIDDEN();
   Lock lock(mutex);
-  drain_all(lock, current_device);
+  const Range* range = range_of(pointer);
+  drain_all(lock, range && range->device >= 0 ? range->device : current_device);
   release(pointer);
   return cudaSuccess;
 }
@@ -550,10 +561,9 @@ cudaError_t cudaMemset(void* target, int value, size_t size) { return cudaMemset
 
 // --- Streams ------------------------------------------------------------------------------------------------------
 
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int priority) {
   auto* created = new Stream;
   created->device = current_device;
-  created->flags = flags;
   created->priority = priority;
   Lock lock(mutex);
   streams.insert(created);
@@ -587,10 +597,10 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
     return failed(cudaErrorStreamCaptureUnsupported);
   }
   drain(lock, stream, stream->issued);
-  return cudaSuccess;
+  return told_failure();
 }
 
-// Each question lets one operation run, so that a loop of questions ends.
+// Each question lets one operation run: a loop of questions ends.
 static cudaError_t query(Stream* stream, unsigned long long position) {
   Lock lock(mutex);
   if (stream->done < position && !stream->running) drain(lock, stream, stream->done + 1);
@@ -614,23 +624,29 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
   Stream* stream = stream_of(handle);
   Event* event = reinterpret_cast<Event*>(event_handle);
   Stream* other = event->stream;
+  const auto position = event->position;
   if (!other) return cudaSuccess;  // never recorded
   {
     Lock lock(mutex);
-    if (event->capture) {
-      if (stream->capture && stream->capture != event->capture) return failed(cudaErrorStreamCaptureMerge);
-      stream->capture = event->capture;  // this stream takes part in the capture from now on
-      if (stream == event->capture->origin) event->capture->unjoined.erase(other);
-      else event->capture->unjoined.insert(stream);
+    if (auto capture = event->capture) {
+      if (!capture->graph) return failed(cudaErrorCapturedEvent);
+      if (stream->capture && stream->capture != capture) return failed(cudaErrorStreamCaptureMerge);
+      if (!streams.count(stream)) {  // a default stream
+        capture->broken = true;
+        return failed(cudaErrorStreamCaptureImplicit);
+      }
+      stream->capture = capture;  // this stream takes part in the capture from now on
+      auto joined = capture->unjoined.find(other);  // if nothing was captured there after the event
+      if (joined != capture->unjoined.end() && joined->second <= position) capture->unjoined.erase(joined);
+      if (stream != capture->origin) capture->unjoined[stream] = capture->graph->operations.size();
       return cudaSuccess;
     }
     if (stream->capture) {  // waiting for work outside of the capture
       stream->capture->broken = true;
       return failed(cudaErrorStreamCaptureIsolation);
     }
-    if (other == stream || other->done >= event->position) return cudaSuccess;
+    if (other == stream || other->done >= position) return cudaSuccess;
   }
-  const auto position = event->position;
   return enqueue(stream, [=] {
     Lock lock(mutex);
     drain(lock, other, position);
@@ -655,13 +671,13 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
   Event* event = reinterpret_cast<Event*>(handle);
   Stream* stream = stream_of(stream_handle);
   auto time = std::make_shared<Clock::time_point>();
-  const cudaError_t error = enqueue(stream, [=] { *time = Clock::now(); });
+  if (const cudaError_t error = enqueue(stream, [=] { *time = Clock::now(); })) return error;
   Lock lock(mutex);
   event->stream = stream;
-  event->position = stream->issued;
   event->capture = stream->capture;
+  event->position = event->capture ? event->capture->graph->operations.size() : stream->issued;
   event->time = time;
-  return error;
+  return cudaSuccess;
 }
 
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
@@ -681,7 +697,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   if (event->capture) return failed(cudaErrorCapturedEvent);
   Lock lock(mutex);
   if (event->stream) drain(lock, event->stream, event->position);
-  return cudaSuccess;
+  return told_failure();
 }
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEvent_t second) {
@@ -702,7 +718,6 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
   Lock lock(mutex);
   if (stream->capture || stream == &legacy[current_device]) return failed(cudaErrorStreamCaptureUnsupported);
   auto capture = std::make_shared<Capture>();
-  capture->graph = new Graph;
   capture->origin = stream;
   capture->thread = std::this_thread::get_id();
   capture->mode = mode;
@@ -725,9 +740,10 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
     if (one->capture == capture) one->capture = nullptr;
   for (size_t i = 0; i < captures.size(); ++i)
     if (captures[i] == capture) captures.erase(captures.begin() + i--);
+  auto captured = std::move(capture->graph);
   if (capture->broken) return failed(cudaErrorStreamCaptureInvalidated);
   if (!capture->unjoined.empty()) return failed(cudaErrorStreamCaptureUnjoined);
-  *graph = reinterpret_cast<cudaGraph_t>(capture->graph);
+  *graph = reinterpret_cast<cudaGraph_t>(captured.release());
   return cudaSuccess;
 }
 
@@ -749,7 +765,7 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatu
   Stream* stream = stream_of(handle);
   *status = status_of(stream);
   if (id) *id = stream->capture ? stream->capture->id : 0;
-  if (graph) *graph = stream->capture ? reinterpret_cast<cudaGraph_t>(stream->capture->graph) : nullptr;
+  if (graph) *graph = stream->capture ? reinterpret_cast<cudaGraph_t>(stream->capture->graph.get()) : nullptr;
   if (nodes) *nodes = nullptr;
   if (edges) *edges = nullptr;
   if (count) *count = 0;

@@ -41,7 +41,7 @@ class Runtime:
     """The loaded runtime.
 
     Attributes:
-        runs_all: False if some kernels do nothing. errors: what went wrong in functions that ran on the device.
+        runs_all: False if some kernels do nothing. errors: the last that a function on the device raised.
     """
 
     def __init__(self, runs_all: bool = True) -> None:
@@ -62,10 +62,8 @@ class Runtime:
     def launch(self, stream: int, name: str, function: Callable[[], None]) -> None:
         """Put a function into a stream, or into the graph that is captured there. name: of the kernel it stands for.
 
-        Raises: RuntimeError if a function failed since the last call, or if the capture is broken.
+        Raises: RuntimeError if a function failed and no call has told it, or if the capture is broken.
         """
-        if self.errors:
-            raise RuntimeError("an earlier kernel of the simulated GPU failed") from self.errors.pop()
         number = next(self._numbers)
         self._functions[number] = function, self.is_capturing(stream)
         self._check(self._library.simulated_kernel(stream, name.encode(), self._run, number))
@@ -87,7 +85,8 @@ class Runtime:
     def _check(self, error: int) -> None:
         if error:
             self._library.cudaGetLastError()
-            raise RuntimeError(f"CUDA error: {self._library.cudaGetErrorString(error).decode()}")
+            cause = self.errors.pop() if self.errors else None
+            raise RuntimeError(f"CUDA error: {self._library.cudaGetErrorString(error).decode()}") from cause
 
     def bytes_at(self, address: int) -> int:
         """Return how many bytes from an address on belong to the same buffer; 0 if none."""
@@ -104,7 +103,8 @@ class Runtime:
         self._library.simulated_free(ctypes.c_void_p(text))
         return [(kind, name) for kind, _, name in (line.partition(" ") for line in lines)]
 
-    def _run_function(self, number: int) -> None:
+    def _run_function(self, number: int) -> int:
+        """Run a function. Returns: 1 if it failed."""
         try:
             function, is_kept = self._functions[number]
             if not is_kept:
@@ -112,9 +112,11 @@ class Runtime:
             function()
         except BaseException as err:  # nothing above would see it
             if not self.runs_all:
-                return  # an index that no kernel has computed
+                return 0  # an index that no kernel has computed
             traceback.print_exc(file=sys.stderr)
-            self.errors.append(err)
+            self.errors = [err]
+            return 1
+        return 0
 
 
-_Run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Run = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)

@@ -68,6 +68,8 @@ def multiply_and_add(block: Block, found: Instruction) -> None:
         result = x * y + z
         rounded = result.astype(np.float32) if kind == "f32" else result
         if "rm" in found.parts:
+            if kind != "f32":
+                raise EmulatorError("unknown instruction")
             rounded = np.where(rounded > result, np.nextafter(rounded, rounded.dtype.type(-np.inf)), rounded)
         block.write(found.operands[0], _flushed(rounded, found), kind)
     else:
@@ -117,6 +119,8 @@ def convert(block: Block, found: Instruction) -> None:
     elif "rz" in found.parts or (kind in FLOATS and to not in FLOATS):
         raise EmulatorError("unknown instruction")
     if "sat" in found.parts:
+        if to not in FLOATS:
+            raise EmulatorError("unknown instruction")
         x = np.nan_to_num(np.clip(x, 0, 1))
     if kind in FLOATS and to not in FLOATS:
         block.write(found.operands[0], _limited(x, to), to)

@@ -88,7 +88,7 @@ class Block:
 
     @property
     def active_warps(self) -> Array:
-        """Whether each warp executes the instruction. Raises: EmulatorError if only some of its threads do."""
+        """For each warp, True if it executes the instruction. Raises: EmulatorError if only some of its threads do."""
         by_warp = self.active.reshape(-1, WARP)
         if (by_warp.any(1) != by_warp.all(1)).any():
             raise EmulatorError("not all threads execute an instruction of whole warps")
