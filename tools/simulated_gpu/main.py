@@ -9,7 +9,8 @@ PyTorch must be built for CUDA 13 (2.11 to 2.15 are). What runs is the program, 
 - Single operations of PyTorch, products and attention of libraries included, are computed by the CPU's operations.
 - Triton's kernels, Inductor's and ours, are compiled for the GPU; their PTX runs in the emulator of `compile_for_gpu`,
   which does not know all instructions (wgmma is missing: SIMULATED_GPU_MAJOR=8 compiles without it).
-- Work runs as late as CUDA allows, memory that nothing wrote is NaN, and calls that a capture forbids fail.
+- Work runs as late as CUDA allows, new memory is NaN (blocks that PyTorch reuses are not), and calls that a capture
+  forbids fail. Graphs run in the order of their capture.
 
 It says whether results are right, not how long a GPU takes: a step of a small model takes about a second.
 
