@@ -38,7 +38,7 @@ def run(body, x=None):
     memory = GlobalMemory()
     x = np.arange(THREADS, dtype=np.uint32) if x is None else x
     result = memory.reserve(4 * THREADS)
-    run_grid(KERNEL.replace("BODY", body), (1, 1), 1024, memory, [memory.place(x, is_constant=True), result])
+    run_grid(KERNEL.replace("BODY", body), (1, 1, 1), 1024, memory, [memory.place(x, is_constant=True), result])
     return memory.read(result, 4 * THREADS).view(np.uint32)
 
 
@@ -101,7 +101,7 @@ def test_blocks_have_memory_and_ways_of_their_own():
 $L__BB0_2:"""
     memory = GlobalMemory()
     x, result = memory.place(np.arange(THREADS, dtype=np.uint32), is_constant=True), memory.reserve(12 * THREADS)
-    run_grid(KERNEL.replace("BODY", body), (3, 1), 256, memory, [x, result])
+    run_grid(KERNEL.replace("BODY", body), (3, 1, 1), 256, memory, [x, result])
     first, second, third = memory.read(result, 12 * THREADS).view(np.uint32).reshape(3, THREADS).tolist()
     other = [i ^ 32 for i in range(THREADS)]
     assert (first, second, third) == (other, [7] * THREADS, [i + 2 for i in other])

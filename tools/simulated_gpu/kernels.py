@@ -164,9 +164,8 @@ class Launcher:
     def _run(self, grid: tuple[int, int, int], code: Code, parameters: list[int]) -> None:
         if self._memory is None:
             return
-        assert grid[2] == 1, "the emulator knows grids of two axes"
         try:
-            run_grid(code.ptx, grid[:2], code.shared_bytes, self._memory, parameters)
+            run_grid(code.ptx, grid, code.shared_bytes, self._memory, parameters)
         except EmulatorError as err:
             raise EmulatorError(f"{code.name}: {err}") from err
 

@@ -58,8 +58,8 @@ class Block:
     def __init__(
         self,
         program: Program,
-        grid: tuple[int, int],
-        places: Sequence[tuple[int, int]],
+        grid: tuple[int, int, int],
+        places: Sequence[tuple[int, int, int]],
         shared_bytes: int,
         memory: GlobalMemory,
         parameters: Sequence[int],
@@ -75,7 +75,7 @@ class Block:
         self._program = program
         self._next = np.zeros(self.num_threads, np.int64)  # each thread's next instruction
         self._registers = {"%tid.x": threads % np.uint64(size), "global_smem": np.zeros(self.num_threads, np.uint64)}
-        for i, axis in enumerate("xy"):
+        for i, axis in enumerate("xyz"):
             self._registers[f"%nctaid.{axis}"] = np.full(self.num_threads, grid[i], np.uint64)
             self._registers[f"%ctaid.{axis}"] = np.array([place[i] for place in places], np.uint64)[self.blocks]
         self._known: dict[str, Array] = {}  # of registers whose number is not known in all threads: in which it is

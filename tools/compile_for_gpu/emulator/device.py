@@ -108,7 +108,7 @@ def emulated_launches(
             else _bits_of(argument)
             for argument in arguments
         ]
-        run_grid(change(ptx), (*grid, 1)[:2], shared_bytes, memory.bytes, parameters)
+        run_grid(change(ptx), (*grid, 1, 1)[:3], shared_bytes, memory.bytes, parameters)
         memory.read_back()
 
     with replaced_launch(launch):
@@ -138,14 +138,14 @@ class _TensorMemory:
 
 
 def run_grid(
-    ptx: str, grid: tuple[int, int], shared_bytes: int, memory: GlobalMemory, parameters: Sequence[int]
+    ptx: str, grid: tuple[int, int, int], shared_bytes: int, memory: GlobalMemory, parameters: Sequence[int]
 ) -> None:
     """Run all blocks of a grid, MAX_THREADS at once. parameters: the bits of each.
 
     Raises: EmulatorError, with the instruction.
     """
     program = parsed(ptx)
-    places = [(x, y) for y in range(grid[1]) for x in range(grid[0])]
+    places = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
     count = max(1, MAX_THREADS // program.num_threads)
     for i in range(0, len(places), count):
         Block(program, grid, places[i : i + count], shared_bytes, memory, parameters).run()
