@@ -285,11 +285,16 @@ def test_tiles_are_measured_where_the_processor_announces_them_and_used_where_th
     assert torch.equal(layer(x), before) == (kind == Tiles.NONE)
 
 
-@pytest.mark.parametrize("options", [{}, {"forms": "first"}])
-def test_chunks_have_attention_by_tiles_where_it_is_faster(options, faster, uncompiled, monkeypatch):
+@pytest.fixture
+def faster_tiles(faster, monkeypatch):
+    """Tiles that work and win all measurements."""
     monkeypatch.setattr(tiles, "are_announced", lambda: True)
     monkeypatch.setattr(tiles, "_are_usable", True)
     faster(TILES)
+
+
+@pytest.mark.parametrize("options", [{}, {"forms": "first"}])
+def test_chunks_have_attention_by_tiles_where_it_is_faster(options, faster_tiles, uncompiled, monkeypatch):
     engine, seen, real = small_engine(small_model(), **options), [], DecodeLayers.prefill
     monkeypatch.setattr(DecodeLayers, "prefill", lambda *a: seen.append(a[-1]) or real(*a))
     assert engine.prefill_whole(0, random_ids(1, 40)[0].tolist()).isfinite().all()
@@ -297,10 +302,7 @@ def test_chunks_have_attention_by_tiles_where_it_is_faster(options, faster, unco
 
 
 @pytest.mark.parametrize("options", [{}, {"forms": "first"}])
-def test_blocks_one_by_one_have_attention_by_tiles_where_it_is_faster(options, faster, uncompiled, monkeypatch):
-    monkeypatch.setattr(tiles, "are_announced", lambda: True)
-    monkeypatch.setattr(tiles, "_are_usable", True)
-    faster(TILES)
+def test_blocks_one_by_one_have_attention_by_tiles_where_it_is_faster(options, faster_tiles, uncompiled, monkeypatch):
     engine, seen, real = small_engine(small_model(), **options), [], prefill.tile_length
     monkeypatch.setattr(engine.parts.forms, "of_chunks", lambda *_: None)
     monkeypatch.setattr(prefill, "tile_length", lambda *a: seen.append(real(*a)) or seen[-1])

@@ -37,7 +37,7 @@ RECORDS = (
 )
 FP8_SPAN = 128  # channels of fp8's blocks, which share a scale
 CODED = 128  # channels that are coded together in 12 bits each, see lossless.h
-LOSSLESS_BITS = 12  # bits
+LOSSLESS_BITS = 12  # per number
 CODED_WORDS = CODED * LOSSLESS_BITS // 16
 RECORD = 8  # bytes of the record of such a row
 NEVER = 2**31 - 1  # a size from which a form is used that is not to be used
