@@ -32,7 +32,7 @@ MAX_ROUNDS, MIN_ROUNDS, MAX_TRIES = 5, 3, 12
 CASE_S = 0.05  # of one case; MIN_ROUNDS are measured even if they take longer
 PART_S = 0.3  # of all cases of a part; those left over are measured when the next engine is built
 GAIN = 1.05  # another form displaces the first only if it is this much faster in every round
-CLEAR, CLEAR_ROUNDS = 1.5, 2  # the first form stays if it was so much faster in so many rounds
+CLEAR, CLEAR_ROUNDS = 1.5, 2  # so much slower than another in so many rounds, a form is not measured further
 
 BUSY = "the machine was too busy to measure"
 
@@ -121,19 +121,20 @@ def measure(
     """Return the seconds of each form in each round; they take turns, after a first call that does not count.
 
     Rounds that other work interrupted do not count either: threads that wait for each other then take many times as
-    long. It ends after MAX_ROUNDS, after MIN_ROUNDS once the budget is spent, or when the first form is clearly the
-    fastest; on a busy machine after MAX_TRIES, with fewer rounds or none.
+    long. A form ends early when it is clearly slower than another; all end after MAX_ROUNDS, after MIN_ROUNDS once the
+    budget is spent, or when one form is left; on a busy machine after MAX_TRIES, with fewer rounds or none.
     """
     started = clock()
     for call in calls.values():
         call()
     rounds: dict[str, list[float]] = {name: [] for name in calls}
+    left = list(calls)
     number = 0
     for tried in range(1, MAX_TRIES + 1):
-        before, seconds = interrupted(), dict.fromkeys(calls, 0.0)
-        for name, call in calls.items():
+        before, seconds = interrupted(), {}
+        for name in left:
             began = clock()
-            call()
+            calls[name]()
             seconds[name] = clock() - began
         if interrupted() == before:
             number += 1
@@ -142,27 +143,31 @@ def measure(
         is_spent = clock() - started > budget_s and tried >= MIN_ROUNDS
         if number == MAX_ROUNDS or (is_spent and (number >= MIN_ROUNDS or tried >= 2 * MIN_ROUNDS)):
             break
-        if number >= CLEAR_ROUNDS and _is_first_clear(rounds):
+        if number >= CLEAR_ROUNDS:
+            left = [name for name in left if not any(_beats(rounds[other], rounds[name], CLEAR) for other in left)]
+        if len(left) == 1:
             break
     return rounds
 
 
 def winner(rounds: Mapping[str, list[float]]) -> str:
-    """Return the first form, or the fastest of those that were faster than it in every round, by GAIN."""
+    """Return the first form, or the fastest of those that were faster than it in every round.
+
+    By GAIN, or by CLEAR where they share fewer than MIN_ROUNDS. Rounds are in order; forms that ended early have fewer.
+    """
     first, times = next(iter(rounds.items()))
-    if len(times) < MIN_ROUNDS:
-        return first
-    better = [name for name in rounds if _beats(rounds[name], times, GAIN)]
+    better = [name for name in rounds if _displaces(rounds[name], times)]
     return min(better, key=lambda name: median(rounds[name]), default=first)
 
 
+def _displaces(times: list[float], first: list[float]) -> bool:
+    shared = min(len(times), len(first))
+    gain = GAIN if shared >= MIN_ROUNDS else CLEAR
+    return shared >= CLEAR_ROUNDS and _beats(times[:shared], first[:shared], gain)
+
+
 def _beats(times: list[float], others: list[float], gain: float) -> bool:
-    return all(a * gain <= b for a, b in zip(times, others, strict=True))
-
-
-def _is_first_clear(rounds: Mapping[str, list[float]]) -> bool:
-    first, *others = rounds.values()
-    return all(_beats(first, times, CLEAR) for times in others)
+    return all(a * gain < b for a, b in zip(times, others, strict=True))
 
 
 def used_from(choices: Iterable[tuple[int, str]], *forms: str) -> int:
