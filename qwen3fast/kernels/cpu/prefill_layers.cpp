@@ -14,6 +14,7 @@
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace {
 
@@ -35,9 +36,12 @@ struct Pass {
   Lines<float> share;
 };
 
+// Whether a product with this many channels is made by tiles.
+bool takes_tiles(const Pass& p, int64_t K) { return p.tiles && K % kTileDepth == 0; }
+
 // out: the products of weights of the same input, side by side.
 void multiply(const Pass& p, const BFloat16* x, const Linear* weights, int64_t count, BFloat16* out) {
-  if (p.tiles) return qwen3fast_tile_linear(x, weights, count, out, p.size.M, p.tiles, p.threads);
+  if (takes_tiles(p, weights[0].K)) return tile_products(x, weights, count, out, p.size.M, p.tiles, kReplace, p.threads);
   const bool is_plain = std::all_of(weights, weights + count, is_bfloat16);
   const auto run = is_plain ? linear_together : qwen3fast_quantized_linear;
   run(x, weights, count, out, p.size.M, p.threads);
@@ -50,8 +54,11 @@ void norm_rows(Pass& p, const BFloat16* weight) {
   });
 }
 
-void add_to_residual(Pass& p) {
+// The residual stream += the product, rounded first.
+void multiply_and_add(Pass& p, const BFloat16* x, const Linear& weight) {
   const int64_t E = p.size.E;
+  if (takes_tiles(p, weight.K)) return tile_products(x, &weight, 1, p.x, p.size.M, p.tiles, kAdd, p.threads);
+  multiply(p, x, &weight, 1, p.z.data());
   parallel_for(p.size.M, 4, p.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * E; i < end * E; i += kLanes) store(p.x + i, load(p.x + i) + load(&p.z[i]));
   });
@@ -87,7 +94,9 @@ void multiply_gated(Pass& p, const Layer& layer) {
   const int64_t M = p.size.M, I = layer.gate.N;
   p.act.resize(M * I);
   const Linear weights[] = {layer.gate, layer.up};
-  if (is_bfloat16(layer.gate) && is_bfloat16(layer.up) && !p.tiles)
+  if (takes_tiles(p, layer.gate.K))
+    return tile_products(p.normed.data(), weights, 2, p.act.data(), M, p.tiles, kGate, p.threads);
+  if (is_bfloat16(layer.gate) && is_bfloat16(layer.up))
     return gated_together(p.normed.data(), layer.gate, layer.up, p.act.data(), M, p.threads);
   p.gate_up.resize(M * 2 * I);
   multiply(p, p.normed.data(), weights, 2, p.gate_up.data());
@@ -113,13 +122,11 @@ void add_experts(Pass& p, const Layer& layer) {
 
 // The rest of a block behind its attention y.
 void finish_block(Pass& p, const Layer& layer) {
-  multiply(p, p.y.data(), &layer.o, 1, p.z.data());
-  add_to_residual(p);
+  multiply_and_add(p, p.y.data(), layer.o);
   norm_rows(p, layer.post_norm);
   if (layer.router.weight) return add_experts(p, layer);
   multiply_gated(p, layer);
-  multiply(p, p.act.data(), &layer.down, 1, p.z.data());
-  add_to_residual(p);
+  multiply_and_add(p, p.act.data(), layer.down);
 }
 
 Pass make_pass(Sizes size, const float* cos, const float* sin, const int64_t* position, const int64_t* row, int64_t T,

@@ -98,6 +98,14 @@ void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BF
 // y = silu(x gate^T) * (x up^T) for two such weights of equal shape.
 void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFloat16* y, int64_t M, int64_t threads);
 
+// What becomes of the results of tile_products: they replace y; are added to it, each rounded first; or are gate and up of a
+// feed-forward layer, two weights of equal shape, and y becomes silu(gate) * up.
+enum Purpose { kReplace, kAdd, kGate };
+
+// As qwen3fast_tile_linear. y: (M, all N together), of gate and up (M, N).
+void tile_products(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, Tiles tiles,
+                   Purpose purpose, int64_t threads);
+
 // Blocks begin..end of a packed weight, for any number M of rows. y: where its columns of the result begin.
 // `width` is the distance between two rows of y.
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,

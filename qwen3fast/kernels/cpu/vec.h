@@ -326,6 +326,16 @@ FORCE_INLINE void store(BFloat16* p, Vec vec) {
 #endif
 }
 
+// Two vectors, one behind the other.
+FORCE_INLINE void store_two_in_order(BFloat16* p, Vec first, Vec second) {
+#ifdef __AVX512BF16__
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second.part[0], (__m512)first.part[0]);
+  std::memcpy(p, &both, sizeof both);
+#else
+  store(p, first), store(p + kLanes, second);
+#endif
+}
+
 // The lowest bytes of sixteen numbers.
 FORCE_INLINE void store(int8_t* p, Ints vec) {
 #if defined(__AVX512F__)
