@@ -309,7 +309,7 @@ def test_suite_forms(tmp_path, capsys, monkeypatch):
         ("decode", "C++"), ("decode", "block by block"),
     }  # fmt: skip
     assert len({tuple(case.labels.values()) for case in record.cases}) == len(record.cases)
-    assert forms.summary(record) == ["On this machine no plainer form is faster than the C++."]
+    assert forms.summary(record) == ["On this machine no other form is faster than the C++."]
     for case in record.cases:
         if case.labels["form"] == "SDPA":
             case.samples["seconds"] = [0.5] * 2
