@@ -54,8 +54,9 @@ class GeneratorOptions:
         max_queue: requests that may wait in `submit` and `astream`.
         threads: CPU threads, for the whole process; None takes one per core.
         forms: where several forms of a computation serve, "measured" uses the fastest on this machine, measured once
-            and kept in the cache folder; "first" uses the same ones everywhere, for runs that can be repeated on other
-            machines. The environment variable QWEN3FAST_FORMS=first does so for all Generators.
+            and kept in the cache folder; "first" measures nothing and uses the C++, with tiles on processors with AMX,
+            for runs that can be repeated on machines of the same kind. The environment variable QWEN3FAST_FORMS=first
+            does so for all Generators.
         adapters: LoRA adapters to load, folders or hub ids by name; `SamplingParams(adapter=name)` chooses one.
         max_adapters: adapters that are loaded at the same time; None leaves room for `adapters` only.
         max_adapter_rank: the largest rank of an adapter; None takes the largest one of `adapters`, or 16. Room for

@@ -23,6 +23,7 @@ from qwen3fast.checkpoint.source import TINY_FOLDER
 from qwen3fast.cli import main, parse, program
 from qwen3fast.kernels import forms, forms_file
 from qwen3fast.kernels.cases import prefill_attention_case
+from qwen3fast.kernels.cpu import tiles
 
 
 def test_generate_answers(capsys):
@@ -320,7 +321,8 @@ def test_info_states_sizes(capsys):
     assert "596,049,920" in out and "112 KiB per token" in out
 
 
-def test_info_tells_which_forms_were_measured_for_these_sizes(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("by_tiles", [{}, {"tiles": [0.003] * 3}], ids=["no tiles", "tiles"])
+def test_info_tells_which_forms_were_measured_for_these_sizes(by_tiles, capsys, monkeypatch, tmp_path):
     def forms_of_info():
         assert main(["info", "--model", "random:0.6b"]) == 0
         return capsys.readouterr().out.partition("forms on this machine")[2]
@@ -329,12 +331,14 @@ def test_info_tells_which_forms_were_measured_for_these_sizes(capsys, monkeypatc
     monkeypatch.delenv("QWEN3FAST_FORMS")
     monkeypatch.setattr(forms_file, "path", lambda: tmp_path / "forms.json")
     assert forms_of_info().startswith(": not measured yet for these sizes")
-    monkeypatch.setattr(forms, "measure", lambda calls: {"C++": [0.002] * 3, "SDPA": [0.001] * 3})
+    monkeypatch.setattr(tiles, "are_announced", lambda: bool(by_tiles))
+    monkeypatch.setattr(forms, "measure", lambda calls: by_tiles | {"C++": [0.002] * 3, "SDPA": [0.001] * 3})
     for heads in ((16, 8, 128), (32, 8, 128)):
         forms.measure_and_keep(prefill_attention_case(512, 2048, heads, torch.bfloat16)._replace(calls=dict))
     title, line = forms_of_info().splitlines()
     assert f"{torch.get_num_threads()} threads" in title
-    assert line == ("  prefill attention, 512 tokens at 2048, 16/8 heads of 128, bfloat16: SDPA (C++ 2 ms, SDPA 1 ms)")
+    times = "tiles 3 ms, C++ 2 ms, SDPA 1 ms" if by_tiles else "C++ 2 ms, SDPA 1 ms"
+    assert line == f"  prefill attention, 512 tokens at 2048, 16/8 heads of 128, bfloat16: SDPA ({times})"
 
 
 def test_info_tells_which_forms_of_experts_were_measured(capsys, monkeypatch, tmp_path):

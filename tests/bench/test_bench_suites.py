@@ -32,6 +32,7 @@ from qwen3fast.bench.suites import (
     startup,
 )
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import tiles
 
 pytestmark = pytest.mark.usefixtures("quick_probes")
 SMALL = ["--model", "tiny", "--repetitions", "2", "--threads", "1"]
@@ -297,19 +298,22 @@ def test_suite_ablation(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ operations on this machine")
-def test_suite_forms(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_suite_forms(has_tiles, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tiles, "are_announced", lambda: has_tiles)
     monkeypatch.setattr(forms, "mean_seconds", lambda call: (call(), 1.0)[-1])  # each form runs once
     options = ["--contexts", "64", "--formats", "plain,int4", "--batch-sizes", "2", "--dtype", "bfloat16"]
     record = run_suite("forms", options, tmp_path, capsys)
     found = {(c.labels["computation"], c.labels["form"]) for c in record.cases}
-    assert found == {
+    by_tiles = ("prefill attention", "linear bfloat16", "linear int4") if has_tiles else ()
+    assert found == {(computation, "tiles") for computation in by_tiles} | {
         ("prefill attention", "C++"), ("prefill attention", "SDPA"),
         ("linear bfloat16", "C++"), ("linear bfloat16", "F.linear"),
         ("linear int4", "C++"), ("linear int4", "dequantized"),
         ("decode", "C++"), ("decode", "block by block"),
     }  # fmt: skip
     assert len({tuple(case.labels.values()) for case in record.cases}) == len(record.cases)
-    assert forms.summary(record) == ["On this machine no plainer form is faster than the C++."]
+    assert forms.summary(record) == ["On this machine no other form is faster than the C++."]
     for case in record.cases:
         if case.labels["form"] == "SDPA":
             case.samples["seconds"] = [0.5] * 2

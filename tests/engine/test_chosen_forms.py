@@ -57,6 +57,14 @@ def faster(monkeypatch):
     return say
 
 
+@pytest.fixture(params=[False, True], ids=["no tiles", "tiles"])
+def has_tiles(request, monkeypatch):
+    """Whether the processor has tiles, which work: both kinds, whatever this machine is."""
+    monkeypatch.setattr(tiles, "are_announced", lambda: request.param)
+    monkeypatch.setattr(tiles, "_are_usable", request.param)
+    return request.param
+
+
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Run what engines compile with operations instead: that takes no time to compile."""
@@ -201,7 +209,7 @@ def test_uncompiled_quantized_layers_warn_where_operations_are_missing(format, i
     ("format", "sizes"), [(None, {}), ("int4", {}), ("fp8", {}), ("int4", EXPERTS), ("lossless", EXPERTS)]
 )
 @torch.no_grad()
-def test_all_cases_run_in_all_forms(format, sizes):
+def test_all_cases_run_in_all_forms(format, sizes, has_tiles):
     model = small_model(format, **sizes)
     use_fast_layers(model)
     cache = StaticKVCache(model.config, 4, 700, torch.bfloat16, CPU)
@@ -211,9 +219,13 @@ def test_all_cases_run_in_all_forms(format, sizes):
     assert not any("2048 x 64" in case.key for case in cases)  # all experts' weights are no product
     assert [case.sizes for case in cases if case.what == "decode"] == [(1,), (2,), (4,)]
     assert len({forms.machine_key(case) for case in cases}) == len(cases)
+    with_tiles = [case for case in cases if case.what.startswith(("prefill attention", LINEAR_WORK))]
+    assert {case.names[:2] == (TILES, CPP) for case in with_tiles} == {has_tiles}
+    assert {case.names[0] for case in cases if case not in with_tiles or not has_tiles} == {CPP}
+    assert has_tiles or not any(TILES in case.names for case in cases)
     for case in cases:
         calls = case.calls()
-        assert tuple(calls) == case.names and case.names[0] == CPP
+        assert tuple(calls) == case.names
         for call in calls.values():
             call()
 
@@ -263,20 +275,22 @@ def test_an_engine_uses_the_faster_forms(format, faster):
         ("int4", TILES, {"tiles": ROWS[0], "int8_tiles": ROWS[0]}, Tiles.BFLOAT16),
         ("int8", TILES, {"tiles": ROWS[0], "int8_tiles": ROWS[0]}, Tiles.BFLOAT16),
         ("int8", INT8_TILES, {"int8_tiles": ROWS[0]}, Tiles.INT8),
-        ("int4", INT8_TILES, {}, Tiles.NONE),
+        ("int4", INT8_TILES, {"tiles": ROWS[0], "int8_tiles": ROWS[0]}, Tiles.BFLOAT16),  # no form of int4: the first
+        ("int4", CPP, {}, Tiles.NONE),
     ],
 )
 def test_tiles_are_measured_where_the_processor_announces_them_and_used_where_they_win(
     format, won, limits, kind, faster, monkeypatch
 ):
     monkeypatch.setattr(tiles, "are_announced", lambda: True)
+    monkeypatch.setattr(tiles, "_are_usable", False)
     faster(won)
     engine = small_engine(small_model(format))
     layer = engine.model.model.layers[0].mlp.gate_proj
     names = {name for choice in engine.parts.forms.choices.values() for name in choice.seconds}
     assert (INT8_TILES in names) == (format == "int8") and TILES in names
     assert layer.limits == RowLimits(**limits)
-    assert engine.parts.forms.tiles_from == ((0, 0, NEVER) if won == TILES else ())
+    assert engine.parts.forms.tiles_from == (() if won == CPP else (0, 0, NEVER))
     x = random_tensor(ROWS[0], layer.in_features).bfloat16()
     before = layer(x)  # in C++ without tiles: trying them failed
     monkeypatch.setattr(tiles, "_are_usable", True)
@@ -285,29 +299,32 @@ def test_tiles_are_measured_where_the_processor_announces_them_and_used_where_th
     assert torch.equal(layer(x), before) == (kind == Tiles.NONE)
 
 
-@pytest.fixture
-def faster_tiles(faster, monkeypatch):
-    """Tiles that work and win all measurements."""
+@pytest.fixture(params=[(TILES, {}, 0), (CPP, {}, NEVER), (CPP, {"forms": "first"}, 0)], ids=str)
+def attention_by_tiles(request, faster, uncompiled, monkeypatch):
+    """Return an engine on a processor whose tiles work, and the used length from which its attention is by tiles.
+
+    Tiles or the C++ win all measurements.
+    """
+    won, options, tiles_from = request.param
     monkeypatch.setattr(tiles, "are_announced", lambda: True)
     monkeypatch.setattr(tiles, "_are_usable", True)
-    faster(TILES)
+    faster(won)
+    return small_engine(small_model(), **options), tiles_from
 
 
-@pytest.mark.parametrize("options", [{}, {"forms": "first"}])
-def test_chunks_have_attention_by_tiles_where_it_is_faster(options, faster_tiles, uncompiled, monkeypatch):
-    engine, seen, real = small_engine(small_model(), **options), [], DecodeLayers.prefill
+def test_chunks_have_attention_by_tiles_unless_the_cpp_is_faster(attention_by_tiles, monkeypatch):
+    (engine, expected), seen, real = attention_by_tiles, [], DecodeLayers.prefill
     monkeypatch.setattr(DecodeLayers, "prefill", lambda *a: seen.append(a[-1]) or real(*a))
     assert engine.prefill_whole(0, random_ids(1, 40)[0].tolist()).isfinite().all()
-    assert set(seen) == {NEVER if options else 0}
+    assert set(seen) == {expected}
 
 
-@pytest.mark.parametrize("options", [{}, {"forms": "first"}])
-def test_blocks_one_by_one_have_attention_by_tiles_where_it_is_faster(options, faster_tiles, uncompiled, monkeypatch):
-    engine, seen, real = small_engine(small_model(), **options), [], prefill.tile_length
+def test_blocks_one_by_one_have_attention_by_tiles_unless_the_cpp_is_faster(attention_by_tiles, monkeypatch):
+    (engine, expected), seen, real = attention_by_tiles, [], prefill.tile_length
     monkeypatch.setattr(engine.parts.forms, "of_chunks", lambda *_: None)
     monkeypatch.setattr(prefill, "tile_length", lambda *a: seen.append(real(*a)) or seen[-1])
     assert engine.prefill_whole(0, random_ids(1, 40)[0].tolist()).isfinite().all()
-    assert set(seen) == {NEVER if options else 0}
+    assert set(seen) == {expected}
 
 
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
@@ -394,16 +411,21 @@ def test_chunks_of_two_formats_run_in_one_operation_where_it_has_both_forms(int8
     assert chosen.of_chunks(64, 64, 100) is expected
 
 
-@pytest.mark.parametrize("options", [{"forms": "first"}, {"compile": False}, {}])
-def test_the_first_forms_are_used_where_they_are_faster_or_pinned_or_nothing_is_compiled(options, faster, monkeypatch):
-    if options:
-        faster(SDPA, DEQUANTIZED, BLOCKS)
-    else:
-        faster(
-            CPP,
-        )
+@pytest.mark.parametrize("options", [{"forms": "first"}, {}])
+def test_the_first_forms_are_used_where_they_are_faster_or_pinned(options, has_tiles, faster):
+    faster(*([SDPA, DEQUANTIZED, BLOCKS] if options else [TILES, CPP]))
     engine = small_engine(small_model("int8"), **options)
     assert (engine.parts.forms.sdpa_from, engine.parts.forms.block_rows) == ((), frozenset())
+    assert engine.parts.forms.tiles_from == ((0, 0, NEVER) if has_tiles else ())
+    limits = RowLimits(int8_tiles=ROWS[0], tiles=ROWS[0]) if has_tiles else RowLimits()
+    assert engine.model.model.layers[0].mlp.down_proj.limits == limits
+
+
+def test_an_engine_that_compiles_nothing_has_no_other_form_than_the_cpp(has_tiles, faster):
+    faster(SDPA, TILES, DEQUANTIZED, BLOCKS)
+    engine = small_engine(small_model("int8"), compile=False)
+    chosen = engine.parts.forms
+    assert (chosen.sdpa_from, chosen.tiles_from, chosen.block_rows, chosen.choices) == ((), (), frozenset(), {})
     assert engine.model.model.layers[0].mlp.down_proj.limits == RowLimits()
 
 
@@ -428,17 +450,19 @@ def test_the_chosen_forms_run_and_give_the_plain_logits(format, chosen, faster, 
     assert set(calls) == expected
 
 
-def test_auto_measures_in_the_background_and_uses_it_from_the_next_warmup_or_engine(faster, uncompiled):
+def test_auto_measures_in_the_background_and_uses_it_from_the_next_warmup_or_engine(faster, uncompiled, has_tiles):
     faster(SDPA, DEQUANTIZED, BLOCKS)
     model = small_model()
     engine = small_engine(model, compile="auto")
     parts, choices = engine.parts, engine.parts.forms.choices
     assert {choice.reason for choice in choices.values()} == {"not measured yet"}
+    first = {label: choice.name for label, choice in choices.items()}
+    assert set(first.values()) == ({TILES, CPP} if has_tiles else {CPP})
     ids = random_ids(1, 40)[0].tolist()
     before = engine.prefill_whole(0, ids)
     parts.forms.measure_ahead(1, engine.compiler.quiet)  # what the thread does behind its first compilation
     assert {choice.reason for choice in choices.values()} == {WAITING}
-    assert {choice.name for choice in choices.values()} == {CPP}
+    assert {label: choice.name for label, choice in choices.items()} == first
     assert (parts.forms.sdpa_from, parts.forms.block_rows) == ((), frozenset())
     assert torch.equal(engine.prefill_whole(0, ids), before)  # a reply does not change
     other = small_engine(model, compile="auto")
@@ -519,15 +543,18 @@ def test_measuring_ends_with_its_budget(faster, monkeypatch):
     assert engine.parts.forms.sdpa_from == (NEVER, NEVER, NEVER) or not engine.parts.forms.sdpa_from
 
 
-def test_stats_tell_the_choices(faster):
+def test_stats_tell_the_choices(faster, has_tiles):
     faster(SDPA)
     with Generator(small_model(), max_seq_len=100) as generator:
         chosen = generator.stats.forms
         choice = chosen["prefill attention, 32 tokens at 128, 4/2 heads of 32, bfloat16"]
-        assert (choice.name, choice.reason, choice.seconds) == (SDPA, "measured now", {CPP: 2.0, SDPA: 1.0})
+        seconds = {CPP: 2.0, SDPA: 1.0} | ({TILES: 2.0} if has_tiles else {})
+        assert (choice.name, choice.reason, choice.seconds) == (SDPA, "measured now", seconds)
         assert any(name.startswith("decode, 1 row,") for name in chosen)
     with Generator(small_model(), max_seq_len=100, forms="first") as generator:
-        assert {choice.reason for choice in generator.stats.forms.values()} == {"pinned"}
+        pinned = generator.stats.forms.values()
+        assert {choice.reason for choice in pinned} == {"pinned"}
+        assert {choice.name for choice in pinned} == ({TILES, CPP} if has_tiles else {CPP})
     with pytest.raises(ValueError, match="forms must be 'measured' or 'first', got 'fast'"):
         Generator(small_model(), forms="fast")
 

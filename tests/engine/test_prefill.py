@@ -12,6 +12,7 @@ from qwen3fast.engine.prefill import CHUNK_COST, CPP_CHUNK_COST, Prefill, graph_
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
 from qwen3fast.kernels import cpu
+from qwen3fast.kernels.cpu import tiles
 from qwen3fast.kernels.cpu.structures import RowLimits
 from qwen3fast.quantization.convert import quantize_model
 from qwen3fast.sampling.samplers import SamplerKind
@@ -53,16 +54,21 @@ def test_chunks_have_still_less_where_one_more_costs_little(num_tokens, chunks):
 
 @pytest.mark.skipif(not cpu.load(), reason="no C++ operations here")
 @pytest.mark.parametrize(
-    ("dtype", "compile", "adapter", "cost"),
+    ("dtype", "compile", "adapter", "has_tiles", "cost"),
     [
-        (torch.bfloat16, True, 0, CPP_CHUNK_COST),
-        (torch.bfloat16, True, 1, CHUNK_COST),  # block by block
-        (torch.bfloat16, False, 0, CHUNK_COST),
-        (torch.float32, True, 0, CHUNK_COST),
+        (torch.bfloat16, True, 0, False, CPP_CHUNK_COST),
+        (torch.bfloat16, True, 0, True, CHUNK_COST),
+        (torch.bfloat16, True, 1, False, CHUNK_COST),  # block by block
+        (torch.bfloat16, False, 0, False, CHUNK_COST),
+        (torch.float32, True, 0, False, CHUNK_COST),
     ],
 )
-def test_one_more_chunk_costs_little_only_in_the_cpp_operation(dtype, compile, adapter, cost, monkeypatch):
+def test_one_more_chunk_costs_little_only_in_the_cpp_operation_without_tiles(
+    dtype, compile, adapter, has_tiles, cost, monkeypatch
+):
     monkeypatch.setenv("QWEN3FAST_FORMS", "first")
+    monkeypatch.setattr(tiles, "are_announced", lambda: has_tiles)
+    monkeypatch.setattr(tiles, "_are_usable", has_tiles)
     engine = make_engine(dtype, dtype, compile)
     assert engine.begin_prefill(0, [1] * 33, adapter=adapter).chunk_cost == cost
 

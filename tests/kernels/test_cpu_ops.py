@@ -21,6 +21,7 @@ from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, DecodeLayersCal
 from qwen3fast.kernels.cpu.decode_step import StepTensors
 from qwen3fast.kernels.cpu.ops import pack_scales
 from qwen3fast.kernels.cpu.structures import RowLimits, Tiles
+from qwen3fast.kernels.cpu.tiles import are_usable
 from qwen3fast.model import MoE, rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache, quantize_vectors
 from qwen3fast.quantization.convert import quantize_model
@@ -581,7 +582,8 @@ def test_prefill_layers_by_tiles_equal_those_without(format, changes):
     plain, in_bfloat16, in_int8 = (run_chunks(model, copy.deepcopy(cache), *chunks, tiles=kind) for kind in Tiles)
     for y in (in_bfloat16, in_int8):
         assert_near(y, plain, torch.bfloat16)
-    assert torch.equal(in_bfloat16, plain) == (format is None)
+    is_same_sum = not are_usable() or "hidden_size" in changes  # AMX rounds sums otherwise; 48 channels have no tiles
+    assert torch.equal(in_bfloat16, plain) == (format is None and is_same_sum)
     assert torch.equal(in_int8, in_bfloat16) == (format != "int8")
 
 

@@ -1,8 +1,9 @@
 """Products of many rows by tiles (tiles.cpp), for processors with AMX; elsewhere the same code is plain C++, and slow.
 
 A system may withhold tiles that its processor has, and on some the first tile instruction ends the program: they are
-tried when the operations are loaded, in a child process. They are among the forms that are measured (engine/forms.py):
-of products, in bfloat16 and, for weights in int8, in int8; and of prefill attention.
+tried when the operations are loaded, in a child process. They are among the forms that are measured (kernels/cases.py):
+of products, in bfloat16 and, for weights in int8, in int8; and of prefill attention. Those in bfloat16 are the first
+form, except of experts.
 """
 
 from __future__ import annotations
