@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "fp8.h"
 #include "ops.h"
@@ -53,6 +54,86 @@ void dequantize(const Linear& weight, int64_t block, uint32_t* pairs, int64_t st
       }
     }
   }
+}
+
+namespace {
+
+// What levels stand for in a format: (level - kZero) * scale - minimum; and a number of bits that they can be shifted by
+// where scales of up to 127 (254 with minimums) for the largest level are multiplied in 16 bits.
+template <int kBitsOf, bool kHasTableOf, bool kHasMinimumsOf>
+struct Format {
+  static constexpr int kBits = kBitsOf;
+  static constexpr bool kHasTable = kHasTableOf, kHasMinimums = kHasMinimumsOf;
+  static constexpr int kZero = kHasTable ? 128 : kHasMinimums ? 0 : 1 << (kBits - 1);
+  static constexpr int kMost = kHasTable ? 127 : kHasMinimums ? (1 << kBits) - 1 : kZero;  // of the sizes of level - kZero
+  static constexpr int kShift = kHasTable ? 1 : kHasMinimums ? 9 - kBits : 8 - kBits;
+};
+
+// read(scale, minimum) gives those of the next unit.
+template <typename Format, typename Read>
+void quantize_spans(const Linear& weight, int64_t block, int64_t span, uint8_t* out, float* scale, int64_t stride,
+                    Read read) {
+  constexpr int kBits = Format::kBits, kUnit = unit_of(kBits), kLines = lines_of(kBits);
+  typedef Wide<int16_t> Shorts;
+  const auto* w = static_cast<const uint8_t*>(weight.weight) + block * (weight.K / kUnit) * kLines * kLine;
+  static thread_local std::vector<Vec> scales, minimums;
+  scales.resize(span / kUnit), minimums.resize(span / kUnit);
+  for (int64_t k = 0; k < weight.K; k += span, scale += stride) {
+    const int64_t units = std::min(span, weight.K - k) / kUnit;
+    Vec most = {};
+    for (int64_t u = 0; u < units; u++) {
+      read(scales[u], minimums[u]);
+      const Vec largest = scales[u] * Format::kMost;
+      most = larger(most, Format::kHasMinimums ? larger(size_of(largest - minimums[u]), size_of(minimums[u])) : size_of(largest));
+    }
+    store(scale, most / 127);
+    const Vec inverse = select(most > 0, 127 / most, fill(0));
+    for (int64_t u = 0; u < units; u++, w += kLines * kLine) {
+      const auto twice = [](Ints number) { return as<Shorts>((number & 0xffff) | number << 16); };
+      const Shorts factor = twice(round_to_ints(scales[u] * inverse * (1 << (15 - Format::kShift))));
+      const Shorts minimum = Format::kHasMinimums ? twice(round_to_ints(minimums[u] * inverse)) : Shorts{};
+      const Bits high = load_as<Bits>(w + (kLines - 1) * kLine);
+#pragma GCC unroll 8
+      for (int four = 0; four < kUnit / 4; four++, out += kLine) {
+        Bits levels = levels_of(kBits, load_as<Bits>(w + four / 2 * kLine), high, four);
+        if (Format::kHasTable) levels = look_up(kLookedUp, levels);
+        const auto number = [&](Bits half) {
+          const Shorts level = (as<Shorts>(half) << Format::kShift) - (Format::kZero << Format::kShift);
+          return as<Bits>(multiply_high(level, factor) - minimum);
+        };
+        const Bits even = number(levels & 0x00ff00ffu), odd = number(levels >> 8 & 0x00ff00ffu);
+        store_as_is(out, ((even & 0x00ff00ffu) | (odd << 8 & 0xff00ff00u)) ^ 0x80808080u);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void quantize_again(const Linear& weight, int64_t block, int64_t span, uint8_t* lines, float* scale, int64_t stride) {
+  const auto with = [&]<typename Format>(Format, auto read) {
+    quantize_spans<Format>(weight, block, span, lines, scale, stride, read);
+  };
+  if (weight.bits == 6 || is_looked_up(weight)) {
+    SignedScales scales;
+    scales.start(weight, block);
+    const auto read = [&](Vec& scale, Vec&) { scale = scales.read(); };
+    return weight.bits == 6 ? with(Format<6, false, false>{}, read) : with(Format<4, true, false>{}, read);
+  }
+  if (weight.span) {
+    Records records;
+    records.start(weight, block);
+    const auto read = [&](Vec& scale, Vec& minimum) { records.read(scale, minimum); };
+    return weight.bits == 5 ? with(Format<5, false, true>{}, read) : with(Format<4, false, true>{}, read);
+  }
+  if (has_byte_scales(weight)) {
+    ByteScales scales;
+    scales.start(weight, block);
+    return with(Format<4, false, false>{},
+                [&, units = scales.units(), g = int64_t{0}](Vec& scale, Vec&) mutable { scale = scales.read(g++) * units; });
+  }
+  const BFloat16* scales = static_cast<const BFloat16*>(weight.scale) + block * (weight.K / kGroup) * kLanes;
+  with(Format<4, false, false>{}, [scales](Vec& scale, Vec&) mutable { scale = load(scales), scales += kLanes; });
 }
 
 bool qwen3fast_quantized_rows(const Linear* weight, const int64_t* row, BFloat16* y, int64_t R, int64_t threads) {

@@ -115,6 +115,10 @@ void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat
 // 16 rows side by side. Scales that come last are left out: levels of 8 bits, and numbers of fp8, are exact in bfloat16.
 void dequantize(const Linear& weight, int64_t block, uint32_t* pairs, int64_t stride);
 
+// Quantizes a block of a weight in 4 to 6 bits to int8, zero point 128: K/4 lines of four channels of 16 rows. A row has one
+// scale per `span` channels: 16 scales for each span, `stride` numbers apart. span: a multiple of 32.
+void quantize_again(const Linear& weight, int64_t block, int64_t span, uint8_t* lines, float* scale, int64_t stride);
+
 // The same as packed_blocks for weights in fp8. x: (M, K).
 void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end, int64_t width);
 

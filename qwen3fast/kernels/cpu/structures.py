@@ -67,8 +67,8 @@ class RowLimits(NamedTuple):
 
 
 def has_int8_tiles(linear: Structure) -> bool:
-    """Return whether `Tiles.INT8` multiplies this weight in int8."""
-    return bool(linear.bits == 8 and linear.span == 0 and linear.K % 64 == 0)
+    """Return whether `Tiles.INT8` multiplies this weight in int8; of fewer bits, it is quantized again for that."""
+    return bool((linear.bits < 8 or (linear.bits == 8 and linear.span == 0)) and linear.K % 64 == 0)
 
 
 class NotServedError(ValueError):

@@ -104,13 +104,20 @@ struct Input {
 };
 
 // How a weight is multiplied: see above.
-enum Way { kPacked, kPlain, kInt8 };
-
-bool is_int8(const Linear& weight) { return weight.bits == 8 && !weight.span && weight.K % kTileBytes == 0; }
+enum Way { kPacked, kPlain, kInt8, kInt8Again };
 
 Way way_of(const Linear& weight, Tiles tiles) {
-  return is_bfloat16(weight) ? kPlain : tiles == kInt8Tiles && is_int8(weight) ? kInt8 : kPacked;
+  if (is_bfloat16(weight)) return kPlain;
+  if (tiles != kInt8Tiles || is_fp8(weight) || weight.K % kTileBytes) return kPacked;
+  return weight.bits == 8 ? kInt8 : kInt8Again;
 }
+
+// The tiles of a panel. scale: of int8, one per row of the weight, for spans of x that are `span_scales` numbers apart.
+struct Tiled {
+  Side side;
+  const float* scale = nullptr;
+  int64_t span_scales = 0;
+};
 
 // One or two blocks of 16 rows of a weight, whose results are columns of y from `column` on.
 struct Panel {
@@ -118,92 +125,118 @@ struct Panel {
   Way way;
   int64_t block, blocks, column;
 
-  int64_t bfloat16_bytes() const { return kTwo * weight->K * sizeof(BFloat16); }
+  // Of the memory that its tiles may take.
+  int64_t bytes() const { return kTwo * weight->K * int64_t{sizeof(BFloat16)} + kTile; }
 
-  // Returns its tiles, which may lie in `room`, of bfloat16_bytes(). is_copied: whether rows are: those of tiles lie a power of
-  // two apart often, and drive each other out of the cache where they are read again.
-  Side tiles(uint8_t* room, Lines<BFloat16>& unpacked, bool is_copied) const {
+  // Returns its tiles, which may lie in `room`, of bytes(). is_copied: whether rows are: those of a tile often lie a power
+  // of two apart, and drive each other out of the cache where they are read again.
+  Tiled tiles(uint8_t* room, Lines<BFloat16>& unpacked, bool is_copied) const {
     const int64_t K = weight->K, columns = blocks * kLanes, row_bytes = K * sizeof(BFloat16);
-    if (way == kInt8) return tiles_of(weight->weight, block, kTileRows * K);
+    const auto* const scales = static_cast<const float*>(weight->scale) + (has_last_scales(*weight) ? block * kLanes : 0);
+    if (way == kInt8) return {tiles_of(weight->weight, block, kTileRows * K), scales, 0};
     if (way == kPlain) {
       const BFloat16* const rows = plain_rows(*weight, block * kLanes, columns, unpacked);
-      if (!is_copied) return {rows, row_bytes, kTileBytes, kTileRows * row_bytes};
+      if (!is_copied) return {{rows, row_bytes, kTileBytes, kTileRows * row_bytes}};
       for (int64_t i = 0; i < blocks; i++) put_into_tiles(rows + i * kTileRows * K, kTileRows, K, room + i * kTileRows * row_bytes);
-      return tiles_of(room, 0, kTileRows * row_bytes);
+      return {tiles_of(room, 0, kTileRows * row_bytes)};
+    }
+    if (way == kInt8Again) {
+      auto* const spans = reinterpret_cast<float*>(room + columns * K);
+      for (int64_t i = 0; i < blocks; i++)
+        quantize_again(*weight, block + i, kSpan, room + i * kTileRows * K, spans + i * kLanes, kTwo);
+      return {tiles_of(room, 0, kTileRows * K), spans, kTwo};
     }
     auto* const pairs = reinterpret_cast<uint32_t*>(room);
     for (int64_t i = 0; i < blocks; i++) dequantize(*weight, block + i, pairs + i * kLanes, columns);
     const int64_t line = columns * sizeof(uint32_t);
-    return {pairs, line, kTileRows * line, kTileBytes};
+    return {{pairs, line, kTileRows * line, kTileBytes}, scales, 0};
   }
 
   // Where it lies, to be asked for before `tiles` reads it.
   Lookahead lines() const {
     const int64_t bytes = weight->bits == 16 ? kTileRows * weight->K * int64_t{sizeof(BFloat16)} : weight_bytes(*weight, kLanes);
-    return {static_cast<const char*>(weight->weight) + block * bytes, (blocks * bytes + 63) / 64};
+    return {static_cast<const char*>(weight->weight) + block * bytes, (blocks * bytes + 63) / 64, 0};
   }
 };
 
 constexpr int64_t kPanels = 8;  // that are multiplied by the same rows of x, so that y is written in longer pieces
-constexpr int64_t kRow = kPanels * kTwo;  // numbers
-constexpr int64_t kPanelBytes = 1 << 20;  // of panels together, as tiles, in a core's cache
+constexpr int64_t kRow = kPanels * kTwo;  // numbers of a row of their results
+constexpr int64_t kPanelBytes = 1 << 20;  // of their tiles, which stay in a core's cache
 
-// Results of up to 32 rows of x with a panel go to `out`, 32 numbers in bfloat16 from each row of kRow.
+// The functions below multiply up to 32 rows of x, from m0 on, by `count` panels. out: a row of kRow numbers for each.
 
-void multiply_packed(const Panel& panel, Side weight, const Input& x, int64_t m0, Lookahead ahead, BFloat16* out) {
+void multiply_packed(const Panel* panels, const Tiled* tiled, int64_t count, const Input& x, int64_t m0, Lookahead* ahead,
+                     BFloat16* out) {
   alignas(64) float sums[kTwo * kTwo];
-  multiply_sides<false>(x.M - m0 > kTileRows, panel.blocks == 2,
-                        tiles_of(x.rows.data(), m0 / kTileRows, x.bfloat16_bytes()), weight, x.K / kTileDepth, sums, kTwo, ahead);
-  const bool has_scales = has_last_scales(*panel.weight);
-  const float* const scales = static_cast<const float*>(panel.weight->scale) + (has_scales ? panel.block * kLanes : 0);
-  const Vec first = has_scales ? load(scales) : fill(1), second = has_scales && panel.blocks == 2 ? load(scales + kLanes) : first;
-  for (int64_t m = 0; m < kTwo; m++)
-    store_two_in_order(out + m * kRow, load(sums + m * kTwo) * first, load(sums + m * kTwo + kLanes) * second);
+  for (int64_t p = 0; p < count; p++, out += kTwo) {
+    const bool has_two = panels[p].blocks == 2, has_scales = has_last_scales(*panels[p].weight);
+    multiply_sides<false>(x.M - m0 > kTileRows, has_two, tiles_of(x.rows.data(), m0 / kTileRows, x.bfloat16_bytes()),
+                          tiled[p].side, x.K / kTileDepth, sums, kTwo, &ahead[p]);
+    const Vec first = has_scales ? load(tiled[p].scale) : fill(1), second = has_scales && has_two ? load(tiled[p].scale + kLanes) : first;
+    for (int64_t m = 0; m < kTwo; m++)
+      store_two_in_order(out + m * kRow, load(sums + m * kTwo) * first, load(sums + m * kTwo + kLanes) * second);
+  }
 }
 
 // The weight's rows are those of the product here, which is transposed: two rows of it at a time are pairs of numbers.
-void multiply_plain(const Panel& panel, Side weight, const Input& x, int64_t m0, Lookahead ahead, BFloat16* out) {
+void multiply_plain(const Panel* panels, const Tiled* tiled, int64_t count, const Input& x, int64_t m0, Lookahead* ahead,
+                    BFloat16* out) {
   alignas(64) float sums[kTwo * kTwo];
   const bool has_two = x.M - m0 > kTileRows;
-  multiply_sides<false>(panel.blocks == 2, has_two, weight, tiles_of(x.pairs.data(), m0 / kTileRows, x.bfloat16_bytes()),
-                        x.K / kTileDepth, sums, kTwo, ahead);
-  for (int64_t first = 0; first < (has_two ? kTwo : kTileRows); first += kLanes) {
-    Bits square[kLanes];
-    for (int64_t i = 0; i < kLanes; i++)
-      square[i] = as_bfloat16(load(sums + 2 * i * kTwo + first), load(sums + (2 * i + 1) * kTwo + first));
-    transpose(square);
-    for (int64_t m = 0; m < kLanes; m++) store_as_is(out + (first + m) * kRow, square[m]);
+  for (int64_t p = 0; p < count; p++, out += kTwo) {
+    multiply_sides<false>(panels[p].blocks == 2, has_two, tiled[p].side,
+                          tiles_of(x.pairs.data(), m0 / kTileRows, x.bfloat16_bytes()), x.K / kTileDepth, sums, kTwo, &ahead[p]);
+    for (int64_t first = 0; first < (has_two ? kTwo : kTileRows); first += kLanes) {
+      Bits square[kLanes];
+      for (int64_t i = 0; i < kLanes; i++)
+        square[i] = as_bfloat16(load(sums + 2 * i * kTwo + first), load(sums + (2 * i + 1) * kTwo + first));
+      transpose(square);
+      for (int64_t m = 0; m < kLanes; m++) store_as_is(out + (first + m) * kRow, square[m]);
+    }
   }
 }
 
-void multiply_int8(const Panel& panel, Side weight, const Input& x, int64_t m0, Lookahead ahead, BFloat16* out) {
+// A span of x meets all panels before the next one: it stays in level 1. Sums are added up while the next ones are made.
+template <bool kHasSpans>  // whether each span of the weight has its own scales
+void multiply_int8(const Panel* panels, const Tiled* tiled, int64_t count, const Input& x, int64_t m0, Lookahead* ahead,
+                   BFloat16* out) {
   alignas(64) int32_t sums[2][kTwo * kTwo];
-  alignas(64) float totals[kTwo * kTwo];
+  alignas(64) float totals[kPanels][kTwo * kTwo];
   const int64_t rows = std::min(x.M - m0, kTwo);
   const Side levels = tiles_of(x.levels.data(), m0 / kTileRows, kTileRows * x.K);
-  const auto add = [&](int64_t span) {
-    const int32_t* const from = sums[span % 2];
+  const auto add = [&](int64_t number) {
+    const int64_t span = number / count, p = number % count;
+    const int32_t* const from = sums[number % 2];
+    float* const to = totals[p];
+    const float* const scales = tiled[p].scale + span * tiled[p].span_scales;
+    const Vec weight_scale[] = {load(scales), load(panels[p].blocks == 2 ? scales + kLanes : scales)};
     for (int64_t m = 0; m < rows; m++) {
       const int64_t i = (m0 + m) * x.spans + span;
-      const Vec scale = x.scale[i];
-      for (int64_t n = m * kTwo; n < (m + 1) * kTwo; n += kLanes) {
-        const Vec more = convert<Vec>(load_as<Ints>(from + n) + x.offset[i]) * scale;
-        store(totals + n, span ? load(totals + n) + more : more);
+      for (int64_t j = 0; j < 2; j++) {
+        const int64_t n = m * kTwo + j * kLanes;
+        Vec more = convert<Vec>(load_as<Ints>(from + n) + x.offset[i]) * x.scale[i];
+        if (kHasSpans) more *= weight_scale[j];
+        store(to + n, span ? load(to + n) + more : more);
       }
     }
   };
-  for (int64_t s = 0; s < x.spans; s++) {
-    const int64_t k = s * kSpan, steps = std::min(kSpan, x.K - k) / kTileBytes;
+  for (int64_t number = 0; number < x.spans * count; number++) {
+    const int64_t span = number / count, p = number % count, k = span * kSpan, steps = std::min(kSpan, x.K - k) / kTileBytes;
     const auto from = [&](Side side) { return Side{side.at(k / kTileBytes), side.row, side.next, side.beside}; };
-    multiply_sides<false>(rows > kTileRows, panel.blocks == 2, from(levels), from(weight), steps, sums[s % 2], kTwo, ahead);
-    if (s) add(s - 1);  // while the tiles are multiplied
+    multiply_sides<false>(rows > kTileRows, panels[p].blocks == 2, from(levels), from(tiled[p].side), steps, sums[number % 2],
+                          kTwo, &ahead[p]);
+    if (number) add(number - 1);
   }
-  add(x.spans - 1);
-  const float* const scales = static_cast<const float*>(panel.weight->scale) + panel.block * kLanes;
-  const Vec first = load(scales), second = panel.blocks == 2 ? load(scales + kLanes) : first;
-  for (int64_t m = 0; m < rows; m++)
-    store_two_in_order(out + m * kRow, load(totals + m * kTwo) * first, load(totals + m * kTwo + kLanes) * second);
+  add(x.spans * count - 1);
+  for (int64_t p = 0; p < count; p++, out += kTwo) {
+    const Vec first = kHasSpans ? fill(1) : load(tiled[p].scale);
+    const Vec second = !kHasSpans && panels[p].blocks == 2 ? load(tiled[p].scale + kLanes) : first;
+    for (int64_t m = 0; m < rows; m++)
+      store_two_in_order(out + m * kRow, load(totals[p] + m * kTwo) * first, load(totals[p] + m * kTwo + kLanes) * second);
+  }
 }
+
+constexpr decltype(&multiply_packed) kMultiply[] = {multiply_packed, multiply_plain, multiply_int8<false>, multiply_int8<true>};
 
 }  // namespace
 
@@ -217,55 +250,62 @@ void tile_products(const BFloat16* x, const Linear* weights, int64_t count, BFlo
                    Purpose purpose, int64_t threads) {
   const int64_t K = weights[0].K, sides = purpose == kGate ? 2 : 1;
   std::vector<Panel> panels[2];  // of gate and up apart
-  bool has[3] = {};              // by Way
+  bool has[std::size(kMultiply)] = {};
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) {
     const Way way = way_of(weights[i], tiles);
     has[way] = true;
-    if (i < 2 && purpose == kGate) width = 0;
-    for (int64_t block = 0; block < weights[i].N / kLanes; block += 2)
-      panels[i % sides].push_back({weights + i, way, block, std::min<int64_t>(2, weights[i].N / kLanes - block), width + block * kLanes});
-    width += weights[i].N;
+    const int64_t blocks = weights[i].N / kLanes, first = purpose == kGate ? 0 : width;
+    for (int64_t block = 0; block < blocks; block += 2)
+      panels[i % sides].push_back({weights + i, way, block, std::min<int64_t>(2, blocks - block), first + block * kLanes});
+    width = first + weights[i].N;
   }
   static thread_local Input kept;
   Input& input = kept;  // the same one in all threads
-  input.make(x, M, K, has[kPacked], has[kPlain], has[kInt8], threads);
-  const int64_t total = panels[0].size(), passes = (M + kTwo - 1) / kTwo, panel_bytes = panels[0][0].bfloat16_bytes();
-  const int64_t together = std::clamp<int64_t>(std::min(kPanelBytes / (sides * panel_bytes), total / (4 * threads)), 1, kPanels);
-  parallel_for((total + together - 1) / together, 1, threads, [&](int64_t begin, int64_t end) {
+  input.make(x, M, K, has[kPacked], has[kPlain], has[kInt8] || has[kInt8Again], threads);
+  const int64_t total = panels[0].size(), passes = (M + kTwo - 1) / kTwo, panel_bytes = panels[0][0].bytes();
+  const int64_t most = std::clamp<int64_t>(std::min(kPanelBytes / (sides * panel_bytes), total / (4 * threads)), 1, kPanels);
+  parallel_for((total + most - 1) / most, 1, threads, [&](int64_t begin, int64_t end) {
     const TileUse use;
     static thread_local Lines<uint8_t> room;  // fresh memory would cost a page fault per 4 KiB in each part
     static thread_local Lines<BFloat16> unpacked;
-    if (static_cast<int64_t>(room.size()) < sides * together * panel_bytes) room.resize(sides * together * panel_bytes);
+    if (static_cast<int64_t>(room.size()) < sides * most * panel_bytes) room.resize(sides * most * panel_bytes);
     alignas(64) BFloat16 results[2][kTwo * kRow];
-    for (int64_t i = begin * together; i < std::min(end * together, total); i += together) {
-      const int64_t these = std::min(together, total - i), next = i + these < std::min(end * together, total) ? i + these : -1;
-      const int64_t column = panels[0][i].column, numbers = panels[0][i + these - 1].column - column + panels[0][i + these - 1].blocks * kLanes;
-      Side weight[2][kPanels];
+    const int64_t last = std::min(end * most, total);
+    for (int64_t i = begin * most; i < last; i += most) {
+      const int64_t number = std::min(most, last - i);
+      const Panel& first_panel = panels[0][i];
+      const Panel& last_panel = panels[0][i + number - 1];
+      const int64_t columns = last_panel.column + last_panel.blocks * kLanes - first_panel.column;
+      Tiled tiled[2][kPanels];
       for (int64_t s = 0; s < sides; s++)
-        for (int64_t j = 0; j < these; j++)
-          weight[s][j] = panels[s][i + j].tiles(&room[(s * together + j) * panel_bytes], unpacked, passes > 2);
+        for (int64_t j = 0; j < number; j++)
+          tiled[s][j] = panels[s][i + j].tiles(&room[(s * most + j) * panel_bytes], unpacked, passes > 2);
       for (int64_t pass = 0; pass < passes; pass++) {
         const int64_t m0 = pass * kTwo, rows = std::min(M - m0, kTwo);
+        BFloat16* const to = y + m0 * width + first_panel.column;
         for (int64_t m = 0; m < rows; m++)
-          for (int64_t n = 0; n < numbers; n += 32) __builtin_prefetch(y + (m0 + m) * width + column + n, 1);
-        for (int64_t s = 0; s < sides; s++)
-          for (int64_t j = 0; j < these; j++) {
-            const Panel& panel = panels[s][i + j];
-            Lookahead ahead;
-            if (next >= 0 && next + j < total) ahead = panels[s][next + j].lines(), ahead.take_part(pass, passes, K / kTileDepth);
-            const auto multiply = panel.way == kPlain ? multiply_plain : panel.way == kInt8 ? multiply_int8 : multiply_packed;
-            multiply(panel, weight[s][j], input, m0, ahead, results[s] + panel.column - column);
+          for (int64_t n = 0; n < columns; n += kTwo) __builtin_prefetch(to + m * width + n, 1);
+        for (int64_t s = 0; s < sides; s++) {
+          Lookahead ahead[kPanels];
+          for (int64_t j = 0; j < number && i + most + j < last; j++) {
+            ahead[j] = panels[s][i + most + j].lines();
+            ahead[j].take_part(pass, passes, K / kTileDepth);
           }
-        if (purpose == kGate) gate_values(results[0], results[1], rows * kRow, results[0]);
+          for (int64_t j = 0, same; j < number; j += same) {  // as many as are multiplied in the same way
+            const Way way = panels[s][i + j].way;
+            for (same = 1; j + same < number && panels[s][i + j + same].way == way;) same++;
+            kMultiply[way](&panels[s][i + j], tiled[s] + j, same, input, m0, ahead + j, results[s] + j * kTwo);
+          }
+        }
         for (int64_t m = 0; m < rows; m++) {
-          BFloat16* const to = y + (m0 + m) * width + column;
-          const BFloat16* const from = results[0] + m * kRow;
-          for (int64_t n = 0; n < numbers; n += kLanes)
+          BFloat16* const from = results[0] + m * kRow;
+          if (purpose == kGate) gate_values(from, results[1] + m * kRow, columns, from);
+          for (int64_t n = 0; n < columns; n += kLanes)
             if (purpose == kAdd)
-              store(to + n, load(to + n) + load(from + n));
+              store(to + m * width + n, load(to + m * width + n) + load(from + n));
             else
-              std::memcpy(to + n, from + n, kLanes * sizeof(BFloat16));
+              std::memcpy(to + m * width + n, from + n, kLanes * sizeof(BFloat16));
         }
       }
     }
@@ -286,7 +326,7 @@ bool is_product_right() {
     for (int64_t k = 0; k < kDepth; k++) a[i][k] = A((i * 3 + k * 7) % 11 - 5), b[i][k] = B((i * 3 + k * 5) % 13 * 19);
   const auto side = [](const void* first) { return Side{first, kTileBytes, 0, kTileRows * kTileBytes}; };
   const TileUse use;
-  multiply_tiles<Sum, 2, 2, false>(side(a), side(b), 1, c[0], kTwo, {});
+  multiply_tiles<Sum, 2, 2, false>(side(a), side(b), 1, c[0], kTwo, nullptr);
   for (int64_t m = 0; m < kTwo; m++)
     for (int64_t n = 0; n < kTwo; n++) {
       float sum = 0;  // exact

@@ -131,7 +131,7 @@ struct Lookahead {
 };
 
 template <typename Sum, int kA, int kB, bool kAdds>
-void multiply_tiles(Side a, Side b, int64_t steps, Sum* c, int64_t c_stride, Lookahead ahead) {
+void multiply_tiles(Side a, Side b, int64_t steps, Sum* c, int64_t c_stride, Lookahead* ahead) {
   const int64_t c_bytes = c_stride * sizeof(Sum);
   Sum* const below = c + kTileRows * c_stride;
   TILE_BARRIER();
@@ -147,7 +147,7 @@ void multiply_tiles(Side a, Side b, int64_t steps, Sum* c, int64_t c_stride, Loo
     TILE_ZERO(3);
   }
   for (int64_t step = 0; step < steps; step++) {
-    ahead.ask();
+    if (ahead) ahead->ask();
     TILE_LOAD(4, a.at(step), a.row);
     TILE_LOAD(6, b.at(step), b.row);
     if constexpr (kB == 2) TILE_LOAD(7, b.at(step) + b.beside, b.row);
@@ -167,7 +167,7 @@ void multiply_tiles(Side a, Side b, int64_t steps, Sum* c, int64_t c_stride, Loo
 // c += a b for one or two tiles of each side; with kAdds false, c = a b. steps: tiles along the channels.
 template <bool kAdds, typename Sum>
 void multiply_sides(bool two_a, bool two_b, Side a, Side b, int64_t steps, Sum* c, int64_t c_stride,
-                    Lookahead ahead = {}) {
+                    Lookahead* ahead = nullptr) {
   const auto multiply = two_a ? two_b ? multiply_tiles<Sum, 2, 2, kAdds> : multiply_tiles<Sum, 2, 1, kAdds>
                               : two_b ? multiply_tiles<Sum, 1, 2, kAdds> : multiply_tiles<Sum, 1, 1, kAdds>;
   multiply(a, b, steps, c, c_stride, ahead);

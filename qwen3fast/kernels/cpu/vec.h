@@ -369,6 +369,18 @@ FORCE_INLINE Bits look_up(const uint8_t* table, Bits index) {
   return index;
 }
 
+// Products of 16-bit integers, the nearest to a * b / 2^15; halves are rounded up.
+FORCE_INLINE Wide<int16_t> multiply_high(Wide<int16_t> a, Wide<int16_t> b) {
+#if defined(__AVX512BW__)
+  a.part[0] = (Wide<int16_t>::Part)_mm512_mulhrs_epi16((__m512i)a.part[0], (__m512i)b.part[0]);
+  return a;
+#else
+  const Ints x = as<Ints>(a), y = as<Ints>(b);
+  const Ints low = ((x << 16 >> 16) * (y << 16 >> 16) + 0x4000) >> 15, high = ((x >> 16) * (y >> 16) + 0x4000) >> 15;
+  return as<Wide<int16_t>>((low & 0xffff) | high << 16);
+#endif
+}
+
 // In every lane: total + the dot product of two pairs of bfloat16 numbers.
 FORCE_INLINE Vec dot2(Vec total, Bits a, Bits b) {
 #ifdef __AVX512BF16__
