@@ -13,7 +13,7 @@ from conftest import assert_near, random_tensor
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu import building, levels, tiles
 from qwen3fast.kernels.cpu.ops import dequantized_linear
-from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, has_int8_tiles, packed_linear
+from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, bfloat16_scales, has_int8_tiles, packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
 from qwen3fast.quantization.formats import FORMATS, SAVED_FORMATS, SHORT_NL4, quantize
 from qwen3fast.quantization.uint4 import Layout
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not cpu.load(), reason="no compiler for the C++ 
 ZERO_POINTS = FORMATS["uint4"].with_layout(lambda K: Layout(K, has_zero=True))
 PACKED = [*SAVED_FORMATS.values(), SHORT_NL4, ZERO_POINTS, FORMATS["fp8"].with_blocks()]
 NAMES = [*SAVED_FORMATS, "short nl4", "zero points", "fp8 blocks"]
+IN_FEWER_BITS = ("int4", "uint4", "int6", "uint5", "nl4", "short nl4", "zero points")
 ROWS = [1, 15, 16, 17, 31, 32, 33, 48, 49, 64, 70]
 
 
@@ -114,7 +115,7 @@ def test_int8_tiles_keep_what_is_not_finite_in_its_row(number):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_int8_tiles_serve_weights_in_int8_and_the_others_are_multiplied_in_bfloat16(threads, monkeypatch):
+def test_int8_tiles_beside_weights_that_are_multiplied_in_bfloat16(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     names = ["int4", "int8", "fp8", "int8"]
     linears, kept = [], []
@@ -125,9 +126,38 @@ def test_int8_tiles_serve_weights_in_int8_and_the_others_are_multiplied_in_bfloa
     together = tiles.tile_linear(x, linears, Tiles.INT8).split(48, dim=-1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for name, linear, y in zip(names, linears, together, strict=True):
-        assert has_int8_tiles(linear) == (name == "int8")
+        assert has_int8_tiles(linear) == (name in ("int4", "int8"))
         int8, plain = (tiles.tile_linear(x, [linear], kind) for kind in (Tiles.INT8, Tiles.BFLOAT16))
-        assert torch.equal(y, int8) and torch.equal(int8, plain) == (name != "int8")
+        assert torch.equal(y, int8) and torch.equal(int8, plain) != has_int8_tiles(linear)
+
+
+FEWER_BITS = [(name, format) for name, format in zip(NAMES, PACKED, strict=True) if name in IN_FEWER_BITS]
+
+
+@pytest.mark.parametrize("format", [format for _, format in FEWER_BITS], ids=[name for name, _ in FEWER_BITS])
+def test_weights_in_fewer_bits_are_quantized_to_int8_for_int8_tiles(format):
+    K = 1280 if format.multiple > 64 else 1344  # the last span is shorter
+    loud = torch.linspace(0.1, 3, K // 32).repeat_interleave(32).roll(100)
+    packed = quantize(random_tensor(48, K, seed=1) * loud, format)
+    weight, linear = format.dequantize(packed), packed_linear(*format.operands(packed))
+    x = torch.eye(K).bfloat16()  # each result is one weight
+    y = tiles.tile_linear(x, [linear], Tiles.INT8).float().T
+    for start in range(0, K, 256):
+        span = slice(start, start + 256)
+        most = weight[:, span].abs().amax(dim=1, keepdim=True)
+        levels = (y[:, span] - weight[:, span]).abs() / most * 127
+        assert levels.max() < (3.5 if format.name.startswith("uint") else 1.5)
+        assert levels.square().mean().sqrt() < (0.8 if format.name.startswith("uint") else 0.45)
+    assert_near(tiles.tile_linear(x, [linear]), weight.T, torch.bfloat16)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_stay_in_their_row_of_int8_tiles(number):
+    packed, scale = FORMATS["int4"].operands(quantize(random_tensor(32, 320), FORMATS["int4"]))
+    scale = bfloat16_scales(scale)
+    scale[1, 3, 5] = number
+    y = tiles.tile_linear(random_tensor(33, 320).bfloat16(), [packed_linear(packed, scale)], Tiles.INT8)
+    assert not y[:, 21].isfinite().any() and y[:, :21].isfinite().all() and y[:, 22:].isfinite().all()
 
 
 def test_int8_tiles_leave_other_numbers_of_channels_to_bfloat16():

@@ -66,6 +66,7 @@ struct Format {
   static constexpr bool kHasTable = kHasTableOf, kHasMinimums = kHasMinimumsOf;
   static constexpr int kZero = kHasTable ? 128 : kHasMinimums ? 0 : 1 << (kBits - 1);
   static constexpr int kMost = kHasTable ? 127 : kHasMinimums ? (1 << kBits) - 1 : kZero;  // of the sizes of level - kZero
+  static constexpr float kLargest = kHasMinimums ? 126 : 127;  // number in int8: both terms are rounded
   static constexpr int kShift = kHasTable ? 1 : kHasMinimums ? 9 - kBits : 8 - kBits;
 };
 
@@ -80,14 +81,15 @@ void quantize_spans(const Linear& weight, int64_t block, int64_t span, uint8_t* 
   scales.resize(span / kUnit), minimums.resize(span / kUnit);
   for (int64_t k = 0; k < weight.K; k += span, scale += stride) {
     const int64_t units = std::min(span, weight.K - k) / kUnit;
-    Vec most = {};
+    Vec most = {}, poison = {};  // NaN where a scale is NaN or infinite, which a maximum may lose
     for (int64_t u = 0; u < units; u++) {
       read(scales[u], minimums[u]);
+      poison += (scales[u] + minimums[u]) * 0;
       const Vec largest = scales[u] * Format::kMost;
       most = larger(most, Format::kHasMinimums ? larger(size_of(largest - minimums[u]), size_of(minimums[u])) : size_of(largest));
     }
-    store(scale, most / 127);
-    const Vec inverse = select(most > 0, 127 / most, fill(0));
+    store(scale, most / Format::kLargest + poison);
+    const Vec inverse = select(most > 0, Format::kLargest / most, fill(0));
     for (int64_t u = 0; u < units; u++, w += kLines * kLine) {
       const auto twice = [](Ints number) { return as<Shorts>((number & 0xffff) | number << 16); };
       const Shorts factor = twice(round_to_ints(scales[u] * inverse * (1 << (15 - Format::kShift))));
