@@ -147,7 +147,7 @@ def test_weights_in_fewer_bits_are_quantized_to_int8_for_int8_tiles(format):
         most = weight[:, span].abs().amax(dim=1, keepdim=True)
         levels = (y[:, span] - weight[:, span]).abs() / most * 127
         assert levels.max() < (3.5 if format.name.startswith("uint") else 1.5)
-        assert levels.square().mean().sqrt() < (0.8 if format.name.startswith("uint") else 0.45)
+        assert levels.square().mean().sqrt() < (1.0 if format.name.startswith("uint") else 0.45)
     assert_near(tiles.tile_linear(x, [linear]), weight.T, torch.bfloat16)
 
 
