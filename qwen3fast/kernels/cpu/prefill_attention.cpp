@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "attend.h"
@@ -18,20 +18,22 @@
 
 namespace {
 
-constexpr int64_t kRows = 128;  // of a tile: queries, each with the G heads of a group
-constexpr int64_t kKeys = 64;   // of a tile
+// Rows of a tile: queries, each with the G heads of a group. With AMX, which multiplies faster, keys and values must serve more
+// rows for what it takes to put them in pairs, and sums more keys for what it takes to load and store them.
+constexpr int64_t rows_of(bool by_tiles) { return by_tiles ? 512 : 128; }
+constexpr int64_t keys_of(bool by_tiles) { return by_tiles ? 128 : 64; }
 constexpr int64_t kTogether = 32;  // rows whose scores exist at a time: two tiles of AMX
 constexpr float kHidden = -1e30f;  // the score of a key that a query may not see
 
-// Keys in columns: pairs (D/2, kKeys), two neighbouring channels of a key in 32 bits. k: (count, D); the last key is
+// Keys in columns: pairs (D/2, width), two neighbouring channels of a key in 32 bits. k: (count, D); the last key is
 // repeated up to `padded`, a multiple of sixteen.
-void key_columns(const BFloat16* k, int64_t count, int64_t padded, int64_t D, uint32_t* pairs) {
+void key_columns(const BFloat16* k, int64_t count, int64_t padded, int64_t D, int64_t width, uint32_t* pairs) {
   for (int64_t t = 0; t < padded; t += kLanes)
     for (int64_t d = 0; d < D; d += 2 * kLanes) {
       Bits square[kLanes];
       for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<Bits>(k + std::min(t + i, count - 1) * D + d);
       transpose(square);
-      for (int64_t i = 0; i < kLanes; i++) store_as_is(pairs + (d / 2 + i) * kKeys + t, square[i]);
+      for (int64_t i = 0; i < kLanes; i++) store_as_is(pairs + (d / 2 + i) * width + t, square[i]);
     }
 }
 
@@ -59,10 +61,10 @@ void add_product(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t
 }
 
 // The same for any number of columns that is a multiple of sixteen; by tiles, rows and pairs must be multiples of it, too.
-template <bool kAdds>
+template <bool kByTiles, bool kAdds>
 void add_columns(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t rows,
-                 int64_t num_pairs, int64_t columns, float* out, int64_t out_stride, bool by_tiles) {
-  if (by_tiles) return add_by_tiles<kAdds>(a, a_stride, b, b_stride, rows, num_pairs, columns, out, out_stride);
+                 int64_t num_pairs, int64_t columns, float* out, int64_t out_stride) {
+  if (kByTiles) return add_by_tiles<kAdds>(a, a_stride, b, b_stride, rows, num_pairs, columns, out, out_stride);
   constexpr int64_t kChunks = kRegister / 16;  // whose sums fit the registers
   int64_t c = 0;
   for (; c + kChunks * kLanes <= columns; c += kChunks * kLanes)
@@ -85,28 +87,38 @@ const BFloat16* tile_keys(const int8_t* k, const float* scale, int64_t count, in
 }
 
 // Products take four rows at a time, or a tile's.
-inline int64_t padded_rows(int64_t rows, bool by_tiles) {
+constexpr int64_t padded_rows(int64_t rows, bool by_tiles) {
   const int64_t multiple = by_tiles ? kTileRows : 4;
   return (rows + multiple - 1) / multiple * multiple;
 }
 
-// Room for one tile, kept by a thread from tile to tile. by_tiles: whether its products are AMX's.
+// Room for one tile of up to `rows` rows, kept by a thread from tile to tile.
 struct Tile {
-  bool by_tiles = false;
   Lines<BFloat16> q, keys, weight;
   Lines<float> score, out, maximum, total;
   Lines<uint32_t> columns, pairs;
   std::vector<int64_t> visible;
 
-  Tile(int64_t rows, int64_t D)
-      : q(rows * D), keys(kKeys * D), weight(kTogether * kKeys), score(kTogether * kKeys), out(rows * D), maximum(rows + kLanes), total(rows + kLanes),
-        columns(D / 2 * kKeys), pairs(kKeys / 2 * D), visible(rows) {}
+  Tile(int64_t rows, int64_t num_keys, int64_t D)
+      : q(rows * D), keys(num_keys * D), weight(kTogether * num_keys), score(kTogether * num_keys), out(rows * D),
+        maximum(rows + kLanes), total(rows + kLanes), columns(D / 2 * num_keys), pairs(num_keys / 2 * D), visible(rows) {}
 };
 
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x for x <= 0 as `exp_of_negative`, with fewer terms: to 5e-5 relative, where bfloat16 has 4e-3. At least 2^-126.
+FORCE_INLINE Vec short_exp2(Vec x) {
+  const Vec y = larger(fill(-126.f), x), n = y + 12582912.f, f = y - (n - 12582912.f);
+  Vec series = fill(9.61812911e-3f);
+  for (const float term : {5.55041087e-2f, 0.240226507f, 0.693147181f, 1.f}) series = series * f + term;
+  return as<Vec>(as<Bits>(series) + (as<Bits>(n) << 23));
+}
+
 // Scores of up to kTogether rows with `columns` keys from `start` on, and what they do to the results of the keys before.
+template <bool kByTiles>
 void add_scores(Tile& tile, int64_t r, int64_t rows, int64_t start, int64_t columns, int64_t D, float scale) {
-  add_columns<false>(&tile.q[r * D], D, tile.columns.data(), kKeys, rows, D / 2, columns, tile.score.data(), kKeys,
-                     tile.by_tiles);
+  constexpr int64_t kKeys = keys_of(kByTiles);
+  add_columns<kByTiles, false>(&tile.q[r * D], D, tile.columns.data(), kKeys, rows, D / 2, columns, tile.score.data(), kKeys);
   for (int64_t first = 0; first < rows; first += kLanes) {  // sixteen rows at a time share the latency of their reductions
     const int64_t count = std::min(kLanes, rows - first), at = r + first;
     Vec most[kLanes] = {}, total[kLanes] = {};
@@ -122,7 +134,8 @@ void add_scores(Tile& tile, int64_t r, int64_t rows, int64_t start, int64_t colu
     for (int64_t i = 0; i < count; i++) {
       const float* s = &tile.score[(first + i) * kKeys];
       for (int64_t t = 0; t < columns; t += kLanes) {
-        const Vec weight = exp_of_negative((load(s + t) - maximum[i]) * scale);
+        const Vec weight = kByTiles ? short_exp2((load(s + t) - maximum[i]) * (scale * kLog2E))
+                                    : exp_of_negative((load(s + t) - maximum[i]) * scale);
         store(&tile.weight[(first + i) * kKeys + t], weight);
         total[i] += weight;
       }
@@ -131,18 +144,19 @@ void add_scores(Tile& tile, int64_t r, int64_t rows, int64_t start, int64_t colu
     }
     store(&tile.total[at], load(&tile.total[at]) * shrink + sums(total));
   }
-  const auto add = start ? add_columns<true> : add_columns<false>;
-  add(tile.weight.data(), kKeys, tile.pairs.data(), D, rows, columns / 2, D, &tile.out[r * D], D, tile.by_tiles);
+  const auto add = start ? add_columns<kByTiles, true> : add_columns<kByTiles, false>;
+  add(tile.weight.data(), kKeys, tile.pairs.data(), D, rows, columns / 2, D, &tile.out[r * D], D);
 }
 
 // `count` queries of one key/value head over all keys up to each one's position. q and y point at the first query's
 // first head of the group; the next query is a stride of numbers on. Row r of the tile is query r / G, head r % G.
-template <typename T>
+template <bool kByTiles, typename T>
 void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t* position, int64_t count,
                  const Cached<T>& cached, int64_t S, int64_t G, int64_t D, float scale, BFloat16* y, int64_t y_stride) {
   const auto [k, v, k_scale, v_scale] = cached;
-  const int64_t used = count * G, rows = padded_rows(used, tile.by_tiles);
-  const int64_t multiple = tile.by_tiles ? kTileDepth : kLanes;
+  constexpr int64_t kKeys = keys_of(kByTiles);
+  const int64_t used = count * G, rows = padded_rows(used, kByTiles);
+  constexpr int64_t multiple = kByTiles ? kTileDepth : kLanes;
   for (int64_t r = 0; r < rows; r++)  // the last row is repeated
     std::copy_n(q + std::min(r, used - 1) / G * q_stride + std::min(r, used - 1) % G * D, D, &tile.q[r * D]);
   std::fill(tile.total.begin(), tile.total.end(), 0.f);
@@ -152,7 +166,7 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t*
   for (int64_t start = 0; start < end; start += kKeys) {
     const int64_t keys = std::min(kKeys, end - start), padded = (keys + multiple - 1) / multiple * multiple;
     const BFloat16* key = tile_keys(k + start * D, k_scale + (k_scale ? start : 0), keys, D, tile.keys.data());
-    key_columns(key, keys, padded, D, tile.columns.data());
+    key_columns(key, keys, padded, D, kKeys, tile.columns.data());
     for (int64_t t = 0; t < padded; t += 2) {
       const int64_t first = start + std::min(t, keys - 1), second = start + std::min(t + 1, keys - 1);
       const float first_scale = v_scale ? v_scale[first] : 1.f, second_scale = v_scale ? v_scale[second] : 1.f;
@@ -165,7 +179,7 @@ void attend_tile(Tile& tile, const BFloat16* q, int64_t q_stride, const int64_t*
       const int64_t count_r = std::min(kTogether, rows - r), *visible = &tile.visible[r];
       const int64_t seen = *std::max_element(visible, visible + count_r) - start;  // keys behind these cost nothing
       const int64_t columns = std::clamp((seen + multiple - 1) / multiple * multiple, start ? 0 : multiple, padded);
-      if (columns > 0) add_scores(tile, r, count_r, start, columns, D, scale);
+      if (columns > 0) add_scores<kByTiles>(tile, r, count_r, start, columns, D, scale);
     }
   }
   for (int64_t r = 0; r < used; r++)
@@ -181,24 +195,25 @@ int64_t interleaved(int64_t n, int64_t each, int64_t threads) {
   return round * threads + (round % 2 ? threads - 1 - thread : thread);
 }
 
-template <typename N>
+template <bool kByTiles, typename N>
 void prefill_heads(const BFloat16* q, int64_t q_stride, const Cached<N>& cached, const int64_t* position,
                    const int64_t* row, BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D,
-                   int64_t tiles_from, int64_t threads) {
+                   int64_t threads) {
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
-  const int64_t G = H / K, queries = std::max<int64_t>(1, kRows / G), tiles = (T + queries - 1) / queries;
+  const int64_t G = H / K, most = std::max<int64_t>(1, rows_of(kByTiles) / G);  // queries of a tile
+  const int64_t shared = kByTiles ? std::max<int64_t>(1, T * B * K / (4 * threads)) : T;  // so that all threads have some
+  const int64_t queries = std::min(most, std::max(shared, std::max<int64_t>(1, rows_of(false) / G)));
+  const int64_t tiles = (T + queries - 1) / queries;
   const int64_t count = B * K * tiles, each = count / threads;
   parallel_for(count, 1, threads, [&](int64_t begin, int64_t end) {
-    std::optional<TileUse> use;
-    Tile tile(padded_rows(std::min(queries, T) * G, true), D);
+    [[maybe_unused]] const std::conditional_t<kByTiles, TileUse, int> use{};
+    Tile tile(padded_rows(std::min(queries, T) * G, kByTiles), keys_of(kByTiles), D);
     for (int64_t n = begin; n < end; n++) {
       const int64_t i = count % threads ? n : interleaved(n, each, threads);
       const int64_t b = i / tiles / K, head = i / tiles % K, first = i % tiles * queries;
       const int64_t token = b * T + first, column = head * G * D;
-      tile.by_tiles = position[b * T + T - 1] + 1 >= tiles_from;
-      if (tile.by_tiles && !use) use.emplace();
-      attend_tile(tile, q + token * q_stride + column, q_stride, position + token, std::min(queries, T - first),
-                  cached.head(row[b] * K + head, S, D), S, G, D, scale, y + token * H * D + column, H * D);
+      attend_tile<kByTiles>(tile, q + token * q_stride + column, q_stride, position + token, std::min(queries, T - first),
+                            cached.head(row[b] * K + head, S, D), S, G, D, scale, y + token * H * D + column, H * D);
     }
   }, parts_for(*std::max_element(position, position + B * T)));
 }
@@ -208,10 +223,16 @@ void prefill_heads(const BFloat16* q, int64_t q_stride, const Cached<N>& cached,
 void attend_chunks(const BFloat16* q, int64_t q_stride, const Cache& cache, const int64_t* position, const int64_t* row,
                    BFloat16* y, int64_t B, int64_t T, int64_t H, int64_t K, int64_t S, int64_t D, int64_t tiles_from,
                    int64_t threads) {
-  if (cache.key_scale)
-    prefill_heads(q, q_stride, Cached<int8_t>(cache), position, row, y, B, T, H, K, S, D, tiles_from, threads);
-  else
-    prefill_heads(q, q_stride, Cached<BFloat16>(cache), position, row, y, B, T, H, K, S, D, tiles_from, threads);
+  const auto attend = [&](const auto& cached, int64_t b, int64_t rows, bool by_tiles) {
+    const auto run = by_tiles ? prefill_heads<true, std::remove_cvref_t<decltype(*cached.keys)>>
+                              : prefill_heads<false, std::remove_cvref_t<decltype(*cached.keys)>>;
+    run(q + b * T * q_stride, q_stride, cached, position + b * T, row + b, y + b * T * H * D, rows, T, H, K, S, D, threads);
+  };
+  const auto by_tiles = [&](int64_t b) { return position[b * T + T - 1] + 1 >= tiles_from; };
+  for (int64_t b = 0, same; b < B; b += same) {  // batch rows of the same form
+    for (same = 1; b + same < B && by_tiles(b + same) == by_tiles(b);) same++;
+    cache.key_scale ? attend(Cached<int8_t>(cache), b, same, by_tiles(b)) : attend(Cached<BFloat16>(cache), b, same, by_tiles(b));
+  }
 }
 
 void qwen3fast_prefill_attention(const BFloat16* q, const Cache* cache, const int64_t* position, const int64_t* row,

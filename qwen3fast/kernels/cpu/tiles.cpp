@@ -1,21 +1,23 @@
-// Products of many rows (chunks of a prompt) by tiles: see tiles.h. Activations and weights are multiplied in bfloat16, or,
-// for weights in int8, both in int8.
+// Products of many rows (chunks of a prompt) by tiles: see tiles.h. Activations and weights are multiplied in bfloat16, or
+// both in int8.
 //
-// A product of tiles needs one side in rows, as it lies in memory, and the other in pairs of channels side by side:
-//   packed weights   32 rows at a time are dequantized into pairs, in memory of the thread that stays in its cache (64 K
-//                    bytes); x is read where it lies. Levels of 8 bits, and numbers of fp8, are exact in bfloat16: scales
-//                    of rows come last.
-//   bfloat16         the weight is read where it lies, or 32 rows at a time are unpacked (lossless.h); x is put into
-//                    pairs once per call. The results are transposed.
-//   int8             the weight is read where it lies: four channels of 16 rows side by side are a line of a tile. x is
-//                    quantized once per call, and put into tiles.
-// No second copy of a weight is kept.
+// A product of tiles needs one side in rows, as it lies in memory, and the other in pairs of channels (of int8, in fours)
+// side by side. Both sides are put into tiles first, since rows of a tile that lie a power of two apart drive each other out
+// of the cache: x once per call, the weight 32 rows, a panel, at a time, in memory of the thread that stays in its cache.
+//   packed weights   a panel is dequantized into pairs. Levels of 8 bits, and numbers of fp8, are exact in bfloat16: scales of
+//                    rows come last.
+//   bfloat16         a panel's rows are copied, or unpacked (lossless.h); x is put into pairs, which it is cheaper to make
+//                    once, and results are transposed.
+//   int8             the weight is read where it lies: four channels of 16 rows side by side are a line of a tile.
+//   4 to 6 bits      the same after a panel has been quantized to int8.
+// No second copy of a weight is kept. Several panels meet the same rows of x before the next ones: the results are longer
+// pieces of y, and x, which for many channels is larger than the cache, is read less often.
 //
 // In int8, kSpan channels of x share a scale; in quantized.cpp kGroup, 32, do. By Intel's optimization manual a product of
 // tiles takes 16 cycles for 64 channels of int8 as for 32 of bfloat16; the sums of a span are stored, converted and added
-// up, which takes 2 x 2 tiles about 128 cycles. So spans of 32 channels take longer than bfloat16 (of 4-bit weights, too,
-// whose scales change there), spans of 128 as long, and spans of 256 at most three quarters. The error of x's levels is
-// at most sqrt(kSpan / kGroup) = 2.8 times as large as with groups of 32, for normally distributed numbers about 1.3 times.
+// up, which takes 2 x 2 tiles about 128 cycles. So spans of 32 channels take longer than bfloat16, spans of 128 as long, and
+// spans of 256 at most three quarters. The error of x's levels is at most sqrt(kSpan / kGroup) = 2.8 times as large as with
+// groups of 32, for normally distributed numbers about 1.3 times.
 
 #include <algorithm>
 #include <cerrno>
