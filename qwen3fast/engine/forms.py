@@ -55,6 +55,7 @@ LINEAR_WORK = "linear "  # and the format of its weights
 BLOCKS = "block by block"  # instead of all in one operation in C++
 DECODE_BYTES = 2**27  # weights of the blocks that are measured: more than caches hold
 DECODE_POSITION = 100
+MIN_TILE_ROWS = 8  # of decode steps, from which tiles are the first form
 WAITING = "until the next warmup() or process; measured meanwhile"
 
 
@@ -224,9 +225,8 @@ def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[
     sizes = f"{config.hidden_size} hidden, {config.intermediate_size} intermediate, {heads}"
     formats = ", ".join(what.removeprefix(LINEAR_WORK) for what in layers_by_work(model))
     kind = str(dtype).removeprefix("torch.")
-    names: tuple[str, ...] = (CPP, BLOCKS)
-    if tiles.are_announced() and LINEAR_WORK + BFLOAT16 in layers_by_work(model):
-        names = (TILES, *names)
+    has_tiles = tiles.are_announced() and LINEAR_WORK + BFLOAT16 in layers_by_work(model)
+    few, many = ((CPP, TILES, BLOCKS), (TILES, CPP, BLOCKS)) if has_tiles else ((CPP, BLOCKS),) * 2
     return [
         FormCase(
             "decode",
@@ -236,6 +236,7 @@ def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[
             (rows,),
         )
         for rows in sorted(all_rows)
+        for names in [few if rows < MIN_TILE_ROWS else many]
         if rows <= MAX_DECODE_ROWS
     ]
 

@@ -8,7 +8,7 @@
 // Experts: one thread routes all rows; products of the chosen experts are in experts.h. Empty rows have no experts.
 //
 // Results are rounded to bfloat16 at the same points as in the PyTorch form (model/block.py and its parts). A row's
-// result depends neither on the other rows nor on the number of threads.
+// result depends neither on the other rows nor on the number of threads; by tiles, sums are rounded otherwise than without.
 
 #include <algorithm>
 #include <cmath>
