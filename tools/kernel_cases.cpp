@@ -99,14 +99,14 @@ void run_blocks(Case& c, int64_t B, int64_t T, int64_t chunk, Tiles tiles, const
       qwen3fast_prefill_layers(layers, count, &sizes, cos, sin, position.data(), rows.data(), length, last, part.data(), tiles,
                                tiles_from, c.threads);
     else
-      qwen3fast_decode_layers(layers, count, &sizes, cos, sin, position.data(), part.data(), nullptr, c.threads);
+      qwen3fast_decode_layers(layers, count, &sizes, cos, sin, position.data(), part.data(), nullptr, tiles, c.threads);
     for (int64_t m = 0; m < sizes.M; m++) std::copy_n(&part[m * E], E, token(m));
   }
 }
 
 // Runs a whole step at the last position of each row, for its logits, and for tokens, greedy and sampled, which must be
 // the ones that qwen3fast_sample chooses from these logits. Returns whether they are.
-bool run_step(Case& c, int64_t B, BFloat16* y) {
+bool run_step(Case& c, int64_t B, Tiles tiles, BFloat16* y) {
   Sizes sizes = *c.a[1].as<Sizes>();
   sizes.M = B;
   const auto* ends = c.a[5].as<Ends>();
@@ -114,7 +114,7 @@ bool run_step(Case& c, int64_t B, BFloat16* y) {
   std::vector<float> logits(B * V);
   const auto step = [&](const Sampling* sampling, float* logits) {
     return qwen3fast_decode_step(c.a[0].as<Layer>(), c.a[0].count<Layer>(), &sizes, c.a[2].as<float>(), c.a[3].as<float>(),
-                                 ends, nullptr, sampling, logits, c.threads) >= 0;
+                                 ends, nullptr, sampling, logits, tiles, c.threads) >= 0;
   };
   bool is_right = step(nullptr, logits.data());
   for (int64_t i = 0; i < B * V; i++) y[i] = BFloat16(logits[i]);
@@ -152,7 +152,7 @@ bool run(const std::string& name, Case& c, void* result) {
     const int64_t B = n[0], T = n[1], E = a[1].as<Sizes>()->E;
     const std::vector<int64_t> last(B, T - 1);
     run_blocks(c, B, T, n[2], static_cast<Tiles>(n[3]), name == "last" ? last.data() : nullptr);
-    if (name == "step") return run_step(c, B, y);
+    if (name == "step") return run_step(c, B, static_cast<Tiles>(n[3]), y);
     const int64_t count = name == "last" ? 1 : T;  // tokens of a row that are compared
     for (int64_t b = 0; b < B; b++) std::copy_n(a[4].as<BFloat16>() + ((b + 1) * T - count) * E, count * E, y + b * count * E);
   } else if (name == "sample") {

@@ -46,7 +46,7 @@ def decode_step(
     is_greedy, is_plain = sampler is SamplerKind.GREEDY, processors is None and logprobs is None and hook is None
     layers = _all_layers(parts, num_rows)
     if layers is not None and layers.runs_steps and is_plain:
-        layers.choose(state, num_rows, cos_SD, sin_SD, is_greedy)
+        layers.choose(state, num_rows, cos_SD, sin_SD, is_greedy, parts.forms.of_steps(num_rows))
         return
     if parts.fused_step is not None and parts.fused_step.serves(num_rows):
         if is_plain and is_greedy:
@@ -80,11 +80,12 @@ def _logits(forward: Forward, state: DecodeState, rows: slice, length: int) -> T
     """Return the logits after the input tokens, (B, V) float32."""
     parts, cos_SD, sin_SD = forward.parts, forward.cos_SD, forward.sin_SD
     layers = _all_layers(parts, rows.stop)
-    if layers is not None and layers.runs_steps:
-        return layers.logits(state, rows.stop, cos_SD, sin_SD)
     if layers is not None:
+        tiles = parts.forms.of_steps(rows.stop)
+        if layers.runs_steps:
+            return layers.logits(state, rows.stop, cos_SD, sin_SD, tiles)
         x_B1E = forward.model.embed(state.input_R[rows, None])
-        x_B1E = layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None])
+        x_B1E = layers(x_B1E, cos_SD, sin_SD, state.position_R[rows, None], tiles)
     else:
         x_B1E = _run_blocks(forward, state, rows, length)
     logits_B1V: Tensor = parts.logits(parts.head, x_B1E)

@@ -114,28 +114,41 @@ class DecodeLayers:
         """
         return self._run.prefill(x_BTE, cos_SD, sin_SD, position_BT, row_B, tiles, last_B, tiles_from)
 
-    def __call__(self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor) -> Tensor:
+    def __call__(
+        self, x_B1E: Tensor, cos_SD: Tensor, sin_SD: Tensor, position_B1: Tensor, tiles: Tiles = Tiles.NONE
+    ) -> Tensor:
         """Run all blocks for rows 0..B-1 of the cache, and write keys and values at position_B1.
 
-        x_B1E: bfloat16. cos_SD, sin_SD: float32, tables of all positions. position_B1: int64.
+        x_B1E: bfloat16. cos_SD, sin_SD: float32, tables of all positions. position_B1: int64. tiles: of products with
+        weights in bfloat16, on processors that have them.
         Returns: (B, 1, E) bfloat16. Raises: ValueError for a position outside of the cache.
         """
-        y_B1E = self._run(x_B1E, cos_SD, sin_SD, position_B1, self._adapters)
+        y_B1E = self._run(x_B1E, cos_SD, sin_SD, position_B1, self._adapters, tiles)
         self.spared.note(self._run.lost, torch.get_num_threads())
         return y_B1E
 
-    def choose(self, state: DecodeState, num_rows: int, cos_SD: Tensor, sin_SD: Tensor, is_greedy: bool) -> None:
+    def choose(
+        self,
+        state: DecodeState,
+        num_rows: int,
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        is_greedy: bool,
+        tiles: Tiles = Tiles.NONE,
+    ) -> None:
         """Run a whole step of rows 0..num_rows-1: write the tokens that `sample` chooses to `state`, and advance it.
 
-        state: of the same cache. cos_SD, sin_SD: float32, tables of all positions.
+        state: of the same cache. cos_SD, sin_SD: float32, tables of all positions. tiles: as of the blocks.
         Raises: ValueError for a token or a position that does not exist.
         """
-        self._step(state, cos_SD, sin_SD).choose(num_rows, is_greedy)
+        self._step(state, cos_SD, sin_SD).choose(num_rows, is_greedy, tiles)
         self.spared.note(self._run.lost, torch.get_num_threads())
 
-    def logits(self, state: DecodeState, num_rows: int, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    def logits(
+        self, state: DecodeState, num_rows: int, cos_SD: Tensor, sin_SD: Tensor, tiles: Tiles = Tiles.NONE
+    ) -> Tensor:
         """Return the logits of a step, (B, V) float32; arguments and errors as of `choose`."""
-        logits_BV = self._step(state, cos_SD, sin_SD).logits(num_rows)
+        logits_BV = self._step(state, cos_SD, sin_SD).logits(num_rows, tiles)
         self.spared.note(self._run.lost, torch.get_num_threads())
         return logits_BV
 

@@ -55,6 +55,7 @@ LINEAR_WORK = "linear "  # and the format of its weights
 BLOCKS = "block by block"  # instead of all in one operation in C++
 DECODE_BYTES = 2**27  # weights of the blocks that are measured: more than caches hold
 DECODE_POSITION = 100
+MIN_TILE_ROWS = 8  # of decode steps, from which tiles are the first form
 WAITING = "until the next warmup() or process; measured meanwhile"
 
 
@@ -62,8 +63,8 @@ class Forms:
     """The forms that the parts of one engine use.
 
     sdpa_from, tiles_from: see kernels/cpu/prefill.py. block_rows: rows of decode steps that run block by block, not in
-    the C++ operation for all blocks. choices: the reasons, by computation and sizes. Linear layers and experts hold
-    their own choice (`limits`), which engines with the same model share.
+    the C++ operation for all blocks. tile_rows: those that it multiplies by tiles. choices: the reasons, by computation
+    and sizes. Linear layers and experts hold their own choice (`limits`), which engines with the same model share.
     """
 
     def __init__(self, model: Qwen3 | None, cache: StaticKVCache, is_first: bool = False) -> None:
@@ -78,6 +79,7 @@ class Forms:
         self.sdpa_from: tuple[int, ...] = ()
         self.tiles_from: tuple[int, ...] = ()
         self.block_rows: frozenset[int] = frozenset()
+        self.tile_rows: frozenset[int] = frozenset()
         self.choices: dict[str, Choice] = {}
 
     def decide(self, may_measure: bool) -> bool:
@@ -122,6 +124,10 @@ class Forms:
         every = [limit for limits in self._limits().values() for limit in limits]
         return min((limit for limit in every if limit > rows), default=NEVER) - 1
 
+    def of_steps(self, rows: int) -> Tiles:
+        """Return the tiles of products with weights in bfloat16 in decode steps of so many rows."""
+        return _usable_tiles() if rows in self.tile_rows else Tiles.NONE
+
     def of_chunks(self, num_tokens: int, size: int, used_length: int) -> Tiles | None:
         """Return the tiles of all products of chunks, if one operation may run all blocks.
 
@@ -152,7 +158,10 @@ class Forms:
         attention = by_what.get("prefill attention", {})
         self.sdpa_from = _lengths(attention, SDPA)
         self.tiles_from = _lengths(attention, TILES, SDPA)
-        self.block_rows = frozenset(rows for (rows,), name in by_what.get("decode", {}).items() if name == BLOCKS)
+        steps = by_what.get("decode", {})
+        self.block_rows, self.tile_rows = (
+            frozenset(rows for (rows,), name in steps.items() if name == form) for form in (BLOCKS, TILES)
+        )
         for what, layers in self._layers.items():
             at = [(case.sizes[0], name) for case, name in names.items() if case.what == what]
             forms = (INT8_TILES, TILES, DEQUANTIZED, LINEAR)
@@ -162,7 +171,7 @@ class Forms:
                     layer.limits = limits
 
     def _used(self) -> tuple[Any, ...]:
-        return self.sdpa_from, self.tiles_from, self.block_rows, self._limits()
+        return self.sdpa_from, self.tiles_from, self.block_rows, self.tile_rows, self._limits()
 
     def _limits(self) -> dict[str, RowLimits]:
         return {what: layers[0].limits for what, layers in self._layers.items()}
@@ -216,21 +225,24 @@ def decode_cases(model: Qwen3, dtype: torch.dtype, max_batch_size: int) -> list[
     sizes = f"{config.hidden_size} hidden, {config.intermediate_size} intermediate, {heads}"
     formats = ", ".join(what.removeprefix(LINEAR_WORK) for what in layers_by_work(model))
     kind = str(dtype).removeprefix("torch.")
+    has_tiles = tiles.are_announced() and LINEAR_WORK + BFLOAT16 in layers_by_work(model)
+    few, many = ((CPP, TILES, BLOCKS), (TILES, CPP, BLOCKS)) if has_tiles else ((CPP, BLOCKS),) * 2
     return [
         FormCase(
             "decode",
             f"{rows} row{'s' * (rows > 1)}, {blocks} blocks, {sizes}, {formats}, {kind} cache",
-            (CPP, BLOCKS),
-            partial(_decode_calls, model, blocks, dtype, rows),
+            names,
+            partial(_decode_calls, names, model, blocks, dtype, rows),
             (rows,),
         )
         for rows in sorted(all_rows)
+        for names in [few if rows < MIN_TILE_ROWS else many]
         if rows <= MAX_DECODE_ROWS
     ]
 
 
 @torch.no_grad()
-def _decode_calls(model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> Calls:
+def _decode_calls(names: Sequence[str], model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> Calls:
     config, device = model.config, torch.device("cpu")
     cache = StaticKVCache(replace(config, num_hidden_layers=blocks), rows, DECODE_POSITION + 1, dtype, device)
     cos_SD, sin_SD = rope_tables(config.head_dim, config.rope_theta, cache.allocated_len, device, config.yarn)
@@ -241,8 +253,8 @@ def _decode_calls(model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> C
     layers = DecodeLayers(model, cache)
 
     @torch.no_grad()
-    def all_blocks() -> None:
-        layers(x_B1E, cos_SD, sin_SD, position_B1)
+    def all_blocks(kind: Tiles) -> None:
+        layers(x_B1E, cos_SD, sin_SD, position_B1, kind)
 
     @torch.no_grad()
     def block_by_block() -> None:
@@ -251,7 +263,16 @@ def _decode_calls(model: Qwen3, blocks: int, dtype: torch.dtype, rows: int) -> C
             for block, layer in zip(model.model.layers, cache.layers(), strict=False):
                 x = block(x, cos_B1D, sin_B1D, position_B1, mask_B1L, layer)
 
-    return {CPP: all_blocks, BLOCKS: block_by_block}
+    calls: Calls = {
+        TILES: partial(all_blocks, _usable_tiles()),
+        CPP: partial(all_blocks, Tiles.NONE),
+        BLOCKS: block_by_block,
+    }
+    return {name: calls[name] for name in names}
+
+
+def _usable_tiles() -> Tiles:
+    return Tiles.BFLOAT16 if tiles.are_usable() else Tiles.NONE
 
 
 def layers_by_work(model: Qwen3) -> Mapping[str, list[Any]]:

@@ -222,6 +222,8 @@ def test_all_cases_run_in_all_forms(format, sizes, has_tiles):
     with_tiles = [case for case in cases if case.what.startswith(("prefill attention", LINEAR_WORK))]
     assert {case.names[:2] == (TILES, CPP) for case in with_tiles} == {has_tiles}
     assert {case.names[0] for case in cases if case not in with_tiles or not has_tiles} == {CPP}
+    steps = {case.names for case in cases if case.what == "decode"}
+    assert steps == {(CPP, TILES, BLOCKS) if has_tiles and "linear bfloat16" in products else (CPP, BLOCKS)}
     assert has_tiles or not any(TILES in case.names for case in cases)
     for case in cases:
         calls = case.calls()
@@ -410,6 +412,36 @@ def test_chunks_of_two_formats_run_in_one_operation_where_it_has_both_forms(int8
     layers = {LINEAR_WORK + name: [SimpleNamespace(limits=at)] for name, at in (("int8", int8), ("int4", int4))}
     chosen._layers = layers | {"experts int4": [SimpleNamespace(limits=RowLimits())]}
     assert chosen.of_chunks(64, 64, 100) is expected
+
+
+@pytest.mark.parametrize("format", [None, "int8"])
+@pytest.mark.parametrize("won", [TILES, CPP, BLOCKS])
+def test_decode_steps_are_multiplied_by_tiles_where_that_is_faster(format, won, faster, uncompiled, monkeypatch):
+    monkeypatch.setattr(tiles, "are_announced", lambda: True)
+    monkeypatch.setattr(tiles, "_are_usable", True)
+    faster(won)
+    engine, kinds = small_engine(small_model(format, vocab_size=96), rows=8), []
+    chosen, all_rows = engine.parts.forms, {1, 2, 4, 8}
+    by_tiles = format is None and won == TILES
+    assert chosen.tile_rows == (all_rows if by_tiles else set())
+    assert chosen.block_rows == (all_rows if won == BLOCKS else set())
+    for name in ("__call__", "logits", "choose"):  # the last argument of each
+        real = getattr(DecodeLayers, name)
+        monkeypatch.setattr(DecodeLayers, name, lambda *a, real=real: kinds.append(a[-1]) or real(*a))
+    for is_whole in (False, True):
+        monkeypatch.setattr(engine.parts.decode_layers, "runs_steps", is_whole)
+        engine.decode(2, 1, StepKind())
+        engine.decode(2, 1, StepKind(has_logprobs=True))
+    assert kinds == ([] if won == BLOCKS else [Tiles.BFLOAT16 if by_tiles else Tiles.NONE] * 4)
+    monkeypatch.setattr(tiles, "_are_usable", False)
+    assert chosen.of_steps(2) is chosen.of_steps(3) is Tiles.NONE
+
+
+def test_tiles_are_the_first_form_of_decode_steps_of_many_rows(has_tiles, faster):
+    faster(CPP)
+    pinned = small_engine(small_model(), rows=12, forms="first").parts.forms
+    assert pinned.tile_rows == ({8, 12} if has_tiles else set())
+    assert small_engine(small_model(), rows=12).parts.forms.tile_rows == set()
 
 
 @pytest.mark.parametrize("options", [{"forms": "first"}, {}])

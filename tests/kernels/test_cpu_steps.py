@@ -17,7 +17,7 @@ from qwen3fast.engine.state import DecodeState
 from qwen3fast.kernels import cpu
 from qwen3fast.kernels.cpu.decode_layers import MAX_DECODE_ROWS, LayerWeight
 from qwen3fast.kernels.cpu.decode_step import DecodeStepCall, EndTensors, StepTensors
-from qwen3fast.kernels.cpu.structures import NotServedError
+from qwen3fast.kernels.cpu.structures import NotServedError, Tiles
 from qwen3fast.model import rope_tables
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.convert import quantize_model
@@ -64,10 +64,10 @@ def step_case(format=None, rows=3, cache_dtype=torch.bfloat16, **changes):
     return model, cache, state, tables
 
 
-def logits_of(model, cache, state, tables, rows):
+def logits_of(model, cache, state, tables, rows, kind=Tiles.NONE):
     layers = DecodeLayers(model, copy.deepcopy(cache))
     assert layers.serves(rows) and layers.runs_steps
-    return layers.logits(copy.deepcopy(state), rows, *tables)
+    return layers.logits(copy.deepcopy(state), rows, *tables, kind)
 
 
 @pytest.mark.parametrize("format", FORMATS_OF_STEPS)
@@ -101,6 +101,77 @@ def test_steps_with_other_blocks_and_caches(format, changes):
     DecodeLayers(model, cache).choose(state, 5, *tables, is_greedy=False)
     assert_same(state.output_R[:5], sample(logits_BV, before.sampler_rows(slice(5)), SamplerKind.FULL))
     assert_same(cache.tensors(), other.tensors())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 8, 15, 16, 17, 31, MAX_DECODE_ROWS])
+def test_steps_by_tiles_give_the_same_numbers_up_to_rounding(rows, threads):
+    model, cache, state, tables = step_case(
+        None, rows, intermediate_size=176
+    )  # down: 11 steps of 16 channels, no tiles
+    plain, by_tiles = copy.deepcopy(cache), copy.deepcopy(cache)
+    x_B1E, position_B1 = model.embed(state.input_R[:rows, None]), state.position_R[:rows, None]
+    expected_B1E = DecodeLayers(model, plain)(x_B1E, *tables, position_B1)
+    layers = DecodeLayers(model, by_tiles)
+    actual_B1E = layers(x_B1E, *tables, position_B1, Tiles.BFLOAT16)
+    logits_BV = layers.logits(state, rows, *tables, Tiles.BFLOAT16)
+    used = position_B1[:, 0] >= 0
+    assert_near(actual_B1E[used], expected_B1E[used], torch.bfloat16)
+    assert_near(logits_BV[used], model.logits(actual_B1E)[used, 0], torch.bfloat16)
+    for tensor, other, before in zip(by_tiles.tensors(), plain.tensors(), cache.tensors(), strict=True):
+        assert_near(tensor, other, torch.bfloat16)
+        assert_same(tensor[:rows][~used], before[:rows][~used])
+
+
+def test_steps_by_tiles_are_another_form():
+    model, cache, state, tables = step_case(None, 32, hidden_size=512)  # enough numbers for some to round otherwise
+    x_B1E, position_B1 = model.embed(state.input_R[:32, None]), state.position_R[:32, None]
+    hidden = [
+        DecodeLayers(model, copy.deepcopy(cache))(x_B1E, *tables, position_B1, kind)
+        for kind in (Tiles.NONE, Tiles.BFLOAT16)
+    ]
+    assert not torch.equal(*hidden)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("rows", [7, 16, 19])
+def test_a_row_by_tiles_depends_neither_on_the_rows_beside_it_nor_on_the_threads(rows, threads):
+    model, cache, state, tables = step_case(None, rows)
+    logits_BV = logits_of(model, cache, state, tables, rows, Tiles.BFLOAT16)
+    assert_same(logits_of(model, cache, state, tables, 3, Tiles.BFLOAT16), logits_BV[:3])
+    torch.set_num_threads(3)
+    assert_same(logits_of(model, cache, state, tables, rows, Tiles.BFLOAT16), logits_BV)
+
+
+def test_a_step_by_tiles_writes_the_sampler_s_tokens():
+    model, cache, state, tables = step_case(None, 9)
+    logits_BV, before = logits_of(model, cache, state, tables, 9, Tiles.BFLOAT16), copy.deepcopy(state)
+    DecodeLayers(model, cache).choose(state, 9, *tables, False, Tiles.BFLOAT16)
+    assert_same(state.output_R[:9], sample(logits_BV, before.sampler_rows(slice(9)), SamplerKind.FULL))
+
+
+@pytest.mark.parametrize("K", [48, 80])
+def test_channels_that_tiles_do_not_take_are_multiplied_without(K):
+    case = step_case(None, 9, hidden_size=K, intermediate_size=K, num_attention_heads=2, num_key_value_heads=1)
+    x_B1E = case[0].embed(case[2].input_R[:9, None])
+    with_tiles, without = (
+        DecodeLayers(case[0], copy.deepcopy(case[1]))._run(x_B1E, *case[3], case[2].position_R[:9, None], None, kind)
+        for kind in (Tiles.BFLOAT16, Tiles.NONE)
+    )
+    assert_near(with_tiles[:5], without[:5], torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8", "lossless"])
+def test_tiles_change_nothing_of_other_formats(format):
+    case = step_case(format, 9, tie_word_embeddings=False)
+    assert_same(*(logits_of(*case, 9, kind) for kind in (Tiles.BFLOAT16, Tiles.NONE)))
+
+
+def test_routers_of_quantized_experts_are_multiplied_by_tiles():
+    case = step_case("int4", 9, **EXPERTS | {"num_experts_per_tok": 16})  # all: rounding may change the choice of fewer
+    with_tiles, without = (logits_of(*case, 9, kind) for kind in (Tiles.BFLOAT16, Tiles.NONE))
+    used = case[2].position_R[:9] >= 0
+    assert_near(with_tiles[used], without[used], torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

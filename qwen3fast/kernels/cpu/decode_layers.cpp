@@ -8,12 +8,13 @@
 // Experts: one thread routes all rows; products of the chosen experts are in experts.h. Empty rows have no experts.
 //
 // Results are rounded to bfloat16 at the same points as in the PyTorch form (model/block.py and its parts). A row's
-// result depends neither on the other rows nor on the number of threads.
+// result depends neither on the other rows nor on the number of threads; by tiles, sums are rounded otherwise than without.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "attend.h"
@@ -25,6 +26,7 @@
 #include "parallel.h"
 #include "products.h"
 #include "sampler.h"
+#include "tiles.h"
 
 namespace {
 
@@ -60,6 +62,7 @@ struct Shared {
   Routing routing;
   Barrier barrier;
   const Adapters* adapters;            // null for none
+  const Tiles tiles;
   std::unique_ptr<BFloat16[]> scores;  // (M, V), the logits
   std::unique_ptr<Sampler> sampler;
 };
@@ -71,9 +74,9 @@ void feed_forward(const Layer& layer, Input& input, Shared& s, const Adapt& adap
   const int64_t M = s.size.M, E = s.size.E, I = layer.gate.N;
   const Range columns = share(E / kLanes, thread, threads), inner = share(I / kLanes, thread, threads);
   input.quantize(input.rows.data(), M, E, layer.gate);
-  multiply(layer.gate, input.rows.data(), input.quantized, M, inner, s.act.data(), I);
+  multiply(layer.gate, input.rows.data(), input, M, inner, s.act.data(), I);
   input.reorder(input.rows.data(), M, E, layer.up);
-  multiply(layer.up, input.rows.data(), input.quantized, M, inner, s.act.data() + M * I, I);
+  multiply(layer.up, input.rows.data(), input, M, inner, s.act.data() + M * I, I);
   adapt(4, layer.gate, input.rows.data(), inner, s.act.data(), I);
   adapt(5, layer.up, input.rows.data(), inner, s.act.data() + M * I, I);
   for (int64_t m = 0; m < M; m++) {
@@ -83,17 +86,18 @@ void feed_forward(const Layer& layer, Input& input, Shared& s, const Adapt& adap
   s.barrier.wait();
 
   input.quantize(s.act.data(), M, I, layer.down);
-  multiply(layer.down, s.act.data(), input.quantized, M, columns, s.z.data(), E);
+  multiply(layer.down, s.act.data(), input, M, columns, s.z.data(), E);
   adapt(6, layer.down, s.act.data(), columns, s.z.data(), E);
   add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
 }
 
 // The same with experts: x += the sum of the chosen experts' outputs, each times its share.
-void run_experts(const Layer& layer, const Input& input, Shared& s, int thread, int threads) {
+void run_experts(const Layer& layer, Input& input, Shared& s, int thread, int threads) {
   const int64_t M = s.size.M, E = s.size.E, X = layer.router.N, C = layer.chosen;
   const Range columns = share(E / kLanes, thread, threads), routes = share(X / kLanes, thread, threads);
   Routing& routing = s.routing;
-  multiply(layer.router, input.rows.data(), input.quantized, M, routes, routing.logits.data(), X);
+  input.quantize(input.rows.data(), M, E, layer.router);
+  multiply(layer.router, input.rows.data(), input, M, routes, routing.logits.data(), X);
   s.barrier.wait();
 
   if (thread == 0) {
@@ -119,7 +123,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
   const int64_t G = H / K, width = (H + 2 * K) * D;
   const Range columns = share(E / kLanes, thread, threads), qkv_blocks = share(width / kLanes, thread, threads);
   const DecodeAttention::Share own_heads = s.attention.share(thread, threads);
-  Input input(M, std::max({E, H * D, s.intermediate}));
+  Input input(M, std::max({E, H * D, s.intermediate}), s.tiles);
   Lines<float> low(s.adapters ? s.adapters->rank : 0);
   const LowRank* added = nullptr;  // beside this layer's weights
   // Adds the adapters' products to those of weight number j.
@@ -140,7 +144,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
       const Range own{std::clamp<int64_t>(qkv_blocks.begin - first, 0, blocks),
                       std::clamp<int64_t>(qkv_blocks.end - first, 0, blocks)};
       input.reorder(input.rows.data(), M, E, *w);
-      multiply(*w, input.rows.data(), input.quantized, M, own, &s.qkv[first * kLanes], width);
+      multiply(*w, input.rows.data(), input, M, own, &s.qkv[first * kLanes], width);
       adapt(j++, *w, input.rows.data(), own, &s.qkv[first * kLanes], width);
       first += blocks;
     }
@@ -164,7 +168,7 @@ void run(const Layer* layers, int64_t count, Shared& s, int thread, int threads)
     s.barrier.wait();
 
     input.quantize(s.y.data(), M, H * D, layer.o);
-    multiply(layer.o, s.y.data(), input.quantized, M, columns, s.z.data(), E);
+    multiply(layer.o, s.y.data(), input, M, columns, s.z.data(), E);
     adapt(3, layer.o, s.y.data(), columns, s.z.data(), E);
     add_rows(s.x, s.z.data(), M, E, {columns.begin * kLanes, columns.end * kLanes});
     s.barrier.wait();
@@ -190,10 +194,10 @@ void run_head(const Task& task, Shared& s, int thread, int threads) {
   const auto& [ends, sampling, logits] = task;
   const int64_t M = s.size.M, E = s.size.E, V = ends.head.N;
   const Range blocks = share(V / kLanes, thread, threads);
-  Input input(M, E);
+  Input input(M, E, s.tiles);
   for (int64_t m = 0; m < M; m++) rms_norm(s.x + m * E, ends.norm, E, s.size.eps, &input.rows[m * E]);
   input.quantize(input.rows.data(), M, E, ends.head);
-  multiply(ends.head, input.rows.data(), input.quantized, M, blocks, s.scores.get(), V);
+  multiply(ends.head, input.rows.data(), input, M, blocks, s.scores.get(), V);
   if (!logits) s.barrier.wait();
   for (int64_t m = 0; m < M; m++) {
     const BFloat16* row = s.scores.get() + m * V;
@@ -222,7 +226,8 @@ bool embed(const Ends& ends, int64_t M, int64_t E, BFloat16* x) {
 
 // task: null for the blocks alone.
 double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const float* cos, const float* sin,
-                const int64_t* position, BFloat16* x, const Adapters* adapters, const Task* task, int64_t threads) {
+                const int64_t* position, BFloat16* x, const Adapters* adapters, const Task* task, Tiles tiles,
+                int64_t threads) {
   const auto& [M, E, H, K, D, S, eps] = sizes;
   int64_t I = 0, X = 0, C = 0;
   for (const Layer* layer = layers; layer < layers + count; layer++) {
@@ -231,7 +236,7 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
   }
   const auto room = [](int64_t count) { return Lines<BFloat16>(count); };
   Shared shared{sizes, cos, sin, position, I, x, room(M * (H + 2 * K) * D), room(M * H * D), room(M * E),
-                room(2 * M * I), DecodeAttention(position, M, K, H / K, S, D), {}, {}, adapters, {}, {}};
+                room(2 * M * I), DecodeAttention(position, M, K, H / K, S, D), {}, {}, adapters, tiles, {}, {}};
   shared.routing.logits = room(M * X);
   shared.routing.y = room(M * C * E);
   if (task) {
@@ -242,6 +247,8 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
   const double begin = seconds(CLOCK_MONOTONIC);
   std::vector<double> used(threads, INFINITY);  // a thread's seconds on a processor, or asleep until others arrived
   const auto step = [&](int thread, int number) {
+    std::optional<TileUse> use;
+    if (tiles) use.emplace();
     const double before = seconds(CLOCK_THREAD_CPUTIME_ID) + Barrier::slept;
     (is_rounded ? run<int8_t> : run<BFloat16>)(layers, count, shared, thread, number);
     if (task) run_head(*task, shared, thread, number);
@@ -255,15 +262,16 @@ double run_step(const Layer* layers, int64_t count, const Sizes& sizes, const fl
 }  // namespace
 
 double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
-                               const int64_t* position, BFloat16* x, const Adapters* adapters, int64_t threads) {
-  return run_step(layers, count, *sizes, cos, sin, position, x, adapters, nullptr, threads);
+                               const int64_t* position, BFloat16* x, const Adapters* adapters, Tiles tiles,
+                               int64_t threads) {
+  return run_step(layers, count, *sizes, cos, sin, position, x, adapters, nullptr, tiles, threads);
 }
 
 double qwen3fast_decode_step(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos, const float* sin,
                              const Ends* ends, const Adapters* adapters, const Sampling* sampling, float* logits,
-                             int64_t threads) {
+                             Tiles tiles, int64_t threads) {
   Lines<BFloat16> x(sizes->M * sizes->E);
   if (!embed(*ends, sizes->M, sizes->E, x.data())) return -1;
   const Task task{*ends, sampling, logits};
-  return run_step(layers, count, *sizes, cos, sin, ends->position, x.data(), adapters, &task, threads);
+  return run_step(layers, count, *sizes, cos, sin, ends->position, x.data(), adapters, &task, tiles, threads);
 }

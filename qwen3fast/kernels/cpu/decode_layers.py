@@ -135,11 +135,12 @@ class DecodeLayersCall:
         sin_SD: Tensor,
         position_B1: Tensor,
         adapters: AdaptersOfLayers | None = None,
+        tiles: Tiles = Tiles.NONE,
     ) -> Tensor:
         """Run the blocks for rows 0..B-1 of the cache, writing keys and values at position_B1 (int64; -1: nowhere).
 
         x_B1E: bfloat16, B up to MAX_DECODE_ROWS. cos_SD, sin_SD: float32, tables of all positions.
-        adapters: of `adapters`, to add the products of each row's slot.
+        adapters: of `adapters`, to add the products of each row's slot. tiles: of products with weights in bfloat16.
         Returns: (B, 1, E).
         Raises: ValueError for tensors that it does not serve, or a position outside of the cache.
         """
@@ -153,6 +154,7 @@ class DecodeLayersCall:
             *self.fixed(B),
             *(tensor.data_ptr() for tensor in (cos_SD, sin_SD, position, y_B1E)),
             None if adapters is None else byref(adapters.structure),
+            tiles,
             torch.get_num_threads(),
         )
         return y_B1E

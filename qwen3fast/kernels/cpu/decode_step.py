@@ -21,7 +21,7 @@ from qwen3fast.kernels.cpu.decode_layers import (
 )
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.sampler import sampling_pointers
-from qwen3fast.kernels.cpu.structures import Ends, NotServedError, address, require
+from qwen3fast.kernels.cpu.structures import Ends, NotServedError, Tiles, address, require
 
 
 class EndTensors(NamedTuple):
@@ -86,21 +86,22 @@ class DecodeStepCall:
         self._ends = Ends(*end_pointers(ends, blocks.sizes.E), *buffers, end)
         self._sampling = sampling_pointers(sampling, blocks.R)
 
-    def choose(self, num_rows: int, is_greedy: bool) -> None:
+    def choose(self, num_rows: int, is_greedy: bool, tiles: Tiles = Tiles.NONE) -> None:
         """Choose the tokens of rows 0..num_rows-1 as `sample` does, write them to the buffers, and advance.
 
-        num_rows: up to MAX_DECODE_ROWS. is_greedy: whatever the sampling parameters are.
+        num_rows: up to MAX_DECODE_ROWS. is_greedy: whatever the sampling parameters are. tiles: of products with
+        weights in bfloat16.
         Raises: ValueError for input tokens or positions that do not exist.
         """
-        self._run(num_rows, None if is_greedy else byref(self._sampling), None)
+        self._run(num_rows, None if is_greedy else byref(self._sampling), None, tiles)
 
-    def logits(self, num_rows: int) -> Tensor:
+    def logits(self, num_rows: int, tiles: Tiles = Tiles.NONE) -> Tensor:
         """Return the logits of rows 0..num_rows-1, (B, V) float32; arguments and errors as of `choose`."""
         logits_BV = torch.empty(num_rows, self._ends.head.N, dtype=torch.float32, device="cpu")
-        self._run(num_rows, None, logits_BV.data_ptr())
+        self._run(num_rows, None, logits_BV.data_ptr(), tiles)
         return logits_BV
 
-    def _run(self, num_rows: int, sampling: Any, logits: int | None) -> None:
+    def _run(self, num_rows: int, sampling: Any, logits: int | None, tiles: Tiles) -> None:
         most = min(MAX_DECODE_ROWS, self._blocks.R)
         require(1 <= num_rows <= most, f"decode_step: there must be 1 to {most} rows")
         adapters = None if self._adapters is None else byref(self._adapters.structure)
@@ -111,6 +112,7 @@ class DecodeStepCall:
             adapters,
             sampling,
             logits,
+            tiles,
             torch.get_num_threads(),
         )
         require(lost != -1, "decode_step: an input token is not in the vocabulary, or a position not in the cache")

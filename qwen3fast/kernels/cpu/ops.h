@@ -149,18 +149,20 @@ QWEN3FAST_API void qwen3fast_prefill_layers(const Layer* layers, int64_t count, 
                                             int64_t threads);
 
 // All blocks of a decode step, in place of x (M, E); cos, sin (positions, D); position (M,), -1 for an empty row. Sizes
-// as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none. Returns the share of
-// the time, 0 to 1, for which a thread, the one that it happened to most, was off its processor.
+// as in sizes, E and I multiples of 16 (of 32 for packed weights), D of 32. adapters: null for none. tiles: whether
+// weights in bfloat16 are multiplied by tiles, where K is a multiple of 32. Returns the share of the time, 0 to 1, for which
+// a thread, the one that it happened to most, was off its processor.
 QWEN3FAST_API double qwen3fast_decode_layers(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                              const float* sin, const int64_t* position, BFloat16* x,
-                                             const Adapters* adapters, int64_t threads);
+                                             const Adapters* adapters, Tiles tiles, int64_t threads);
 
 // A whole decode step, arguments as of decode_layers. With logits (M, V) it writes these. Without, it chooses a token per
 // row as qwen3fast_sample does, writes it to output, and to input (0 for -1), and adds advance to position and step. Returns
 // the same; -1, with nothing done, for a token or position that does not exist.
 QWEN3FAST_API double qwen3fast_decode_step(const Layer* layers, int64_t count, const Sizes* sizes, const float* cos,
                                            const float* sin, const Ends* ends, const Adapters* adapters,
-                                           const Sampling* sampling, float* logits, int64_t threads);
+                                           const Sampling* sampling, float* logits, Tiles tiles,
+                                           int64_t threads);
 
 // A token for each row: logits (M, V), token (M,); -1 where the logits hold NaN or infinity, or only -infinity. sampling:
 // null for greedy.

@@ -106,6 +106,11 @@ enum Purpose { kReplace, kAdd, kGate };
 void tile_products(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, Tiles tiles,
                    Purpose purpose, int64_t threads);
 
+// As matvec_rows by tiles, for up to 32 rows of x in pairs: per 16 rows, K/2 lines of put_into_pairs. n1 - n0: a multiple of
+// 16; K: of 32. The thread has a TileUse.
+void tile_rows(const uint32_t* pairs, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
+               int64_t K);
+
 // Blocks begin..end of a packed weight, for any number M of rows. y: where its columns of the result begin.
 // `width` is the distance between two rows of y.
 void packed_blocks(const Activations& x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end,

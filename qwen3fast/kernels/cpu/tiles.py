@@ -2,8 +2,8 @@
 
 A system may withhold tiles that its processor has, and on some the first tile instruction ends the program: they are
 tried when the operations are loaded, in a child process. They are among the forms that are measured (kernels/cases.py):
-of products, in bfloat16 and, for weights in int8, in int8; and of prefill attention. Those in bfloat16 are the first
-form, except of experts.
+of products, in bfloat16 and, for weights in int8, in int8; of prefill attention; and of decode steps with weights in
+bfloat16. Those in bfloat16 are the first form, except of experts, and of decode steps of few rows.
 """
 
 from __future__ import annotations
