@@ -360,7 +360,7 @@ void tile_rows(const uint32_t* pairs, int64_t M, const BFloat16* weight, BFloat1
     if (rows == 2 * kTwo)
       multiply_four(a, b, steps, sums, ahead);
     else
-      multiply_sides<false>(rows == kTwo, M > kTileRows, a, b, steps, sums, stride, ahead);
+      multiply_sides<false>(rows == kTwo, M > kTileRows, a, b, steps, sums, stride, &ahead);
     for (int64_t m = 0; m < M; m += kLanes)
       for (int64_t i = 0; i < rows; i += kTwo) {
         Bits square[kLanes] = {};  // two rows of the weight at a time are pairs of numbers
