@@ -139,7 +139,8 @@ struct Panel {
     if (way == kPlain) {
       const BFloat16* const rows = plain_rows(*weight, block * kLanes, columns, unpacked);
       if (!is_copied) return {{rows, row_bytes, kTileBytes, kTileRows * row_bytes}};
-      for (int64_t i = 0; i < blocks; i++) put_into_tiles(rows + i * kTileRows * K, kTileRows, K, room + i * kTileRows * row_bytes);
+      for (int64_t i = 0; i < blocks; i++)
+        put_into_tiles(rows + i * kTileRows * K, kTileRows, K, room + i * kTileRows * row_bytes);
       return {tiles_of(room, 0, kTileRows * row_bytes)};
     }
     if (way == kInt8Again) {
@@ -156,7 +157,8 @@ struct Panel {
 
   // Where it lies, to be asked for before `tiles` reads it.
   Lookahead lines() const {
-    const int64_t bytes = weight->bits == 16 ? kTileRows * weight->K * int64_t{sizeof(BFloat16)} : weight_bytes(*weight, kLanes);
+    const bool is_plain = weight->bits == 16;
+    const int64_t bytes = is_plain ? kTileRows * weight->K * int64_t{sizeof(BFloat16)} : weight_bytes(*weight, kLanes);
     return {static_cast<const char*>(weight->weight) + block * bytes, (blocks * bytes + 63) / 64, 0};
   }
 };
@@ -174,7 +176,8 @@ void multiply_packed(const Panel* panels, const Tiled* tiled, int64_t count, con
     const bool has_two = panels[p].blocks == 2, has_scales = has_last_scales(*panels[p].weight);
     multiply_sides<false>(x.M - m0 > kTileRows, has_two, tiles_of(x.rows.data(), m0 / kTileRows, x.bfloat16_bytes()),
                           tiled[p].side, x.K / kTileDepth, sums, kTwo, &ahead[p]);
-    const Vec first = has_scales ? load(tiled[p].scale) : fill(1), second = has_scales && has_two ? load(tiled[p].scale + kLanes) : first;
+    const Vec first = has_scales ? load(tiled[p].scale) : fill(1);
+    const Vec second = has_scales && has_two ? load(tiled[p].scale + kLanes) : first;
     for (int64_t m = 0; m < kTwo; m++)
       store_two_in_order(out + m * kRow, load(sums + m * kTwo) * first, load(sums + m * kTwo + kLanes) * second);
   }
