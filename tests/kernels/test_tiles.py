@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import assert_near, random_tensor
 
 from qwen3fast.kernels import cpu
-from qwen3fast.kernels.cpu import building, levels, tiles
+from qwen3fast.kernels.cpu import building, levels, library, tiles
 from qwen3fast.kernels.cpu.ops import dequantized_linear
 from qwen3fast.kernels.cpu.structures import LinearPointers, Tiles, bfloat16_scales, has_int8_tiles, packed_linear
 from qwen3fast.model.kv_cache import quantize_vectors
@@ -226,6 +226,16 @@ def test_tiles_that_are_announced_are_used_only_after_a_trial(is_right, monkeypa
     monkeypatch.setattr(tiles, "_are_usable", False)  # restored afterwards
     tiles.try_tiles()
     assert tiles.are_usable() is is_right
+
+
+@pytest.mark.parametrize(("pin", "expected"), [("", True), ("amx", True), ("native", True), ("avx512", False)])
+def test_tiles_are_not_announced_where_another_level_is_pinned(pin, expected, monkeypatch):
+    amx = next(level for level in levels.LEVELS if level.name == "amx")
+    monkeypatch.setattr(tiles, "processor_features", lambda: " ".join(amx.needs))
+    monkeypatch.setattr(library, "this_machine", lambda: levels.LEVELS[:2])
+    monkeypatch.setattr(library, "pinned_level", lambda name: next(x for x in levels.LEVELS if x.name == name))
+    monkeypatch.setenv(library.PIN, pin)
+    assert tiles.are_announced() == expected
 
 
 @pytest.mark.skipif(tiles.are_announced(), reason="this processor has tiles")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.kernels.cpu.levels import processor_features
-from qwen3fast.kernels.cpu.library import functions
+from qwen3fast.kernels.cpu.library import functions, usable_levels
 from qwen3fast.kernels.cpu.structures import LANES, LinearPointers, Tiles, require
 
 _are_usable = False
@@ -29,8 +29,13 @@ def try_tiles() -> None:
 
 
 def are_announced() -> bool:
-    """Return whether the processor lists tiles of bfloat16 and int8 among its features."""
-    return {"amx_tile", "amx_bf16", "amx_int8"} <= set(processor_features().split())
+    """Return whether the processor lists tiles of bfloat16 and int8 among its features, and no other level is pinned.
+
+    Raises: ValueError as `usable_levels`.
+    """
+    levels = usable_levels()  # none: what is built for this processor
+    is_level = not levels or levels[0].name == "amx"
+    return is_level and {"amx_tile", "amx_bf16", "amx_int8"} <= set(processor_features().split())
 
 
 def are_usable() -> bool:
