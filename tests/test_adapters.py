@@ -176,7 +176,7 @@ def test_in_bfloat16_steps_with_adapters_run_in_one_operation_as_others_do(vocab
         assert generator.debug.engine.parts.decode_layers.runs_steps == (vocab_size == 96)
         slots, operation, step = [], DecodeLayersCall.__call__, DecodeStepCall.choose
         monkeypatch.setattr(
-            DecodeLayersCall, "__call__", lambda self, *args: slots.append(args[-1]) or operation(self, *args)
+            DecodeLayersCall, "__call__", lambda self, *args: slots.append(args[4]) or operation(self, *args)
         )
         monkeypatch.setattr(
             DecodeStepCall, "choose", lambda self, *args: slots.append(self._adapters) or step(self, *args)

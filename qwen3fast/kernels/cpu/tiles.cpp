@@ -130,15 +130,15 @@ struct Panel {
   // Of the memory that its tiles may take.
   int64_t bytes() const { return kTwo * weight->K * int64_t{sizeof(BFloat16)} + kTile; }
 
-  // Returns its tiles, which may lie in `room`, of bytes(). is_copied: whether rows are: those of a tile often lie a power
-  // of two apart, and drive each other out of the cache where they are read again.
+  // Returns its tiles, which may lie in `room`, of bytes(). unpacked: room of all panels. is_copied: whether rows are: those of
+  // a tile often lie a power of two apart, and drive each other out of the cache where they are read again.
   Tiled tiles(uint8_t* room, Lines<BFloat16>& unpacked, bool is_copied) const {
     const int64_t K = weight->K, columns = blocks * kLanes, row_bytes = K * sizeof(BFloat16);
     const auto* const scales = static_cast<const float*>(weight->scale) + (has_last_scales(*weight) ? block * kLanes : 0);
     if (way == kInt8) return {tiles_of(weight->weight, block, kTileRows * K), scales, 0};
     if (way == kPlain) {
       const BFloat16* const rows = plain_rows(*weight, block * kLanes, columns, unpacked);
-      if (!is_copied) return {{rows, row_bytes, kTileBytes, kTileRows * row_bytes}};
+      if (!is_copied && weight->bits == 16) return {{rows, row_bytes, kTileBytes, kTileRows * row_bytes}};
       for (int64_t i = 0; i < blocks; i++)
         put_into_tiles(rows + i * kTileRows * K, kTileRows, K, room + i * kTileRows * row_bytes);
       return {tiles_of(room, 0, kTileRows * row_bytes)};
