@@ -149,10 +149,11 @@ def test_weights_side_by_side():
         if rows < 8:
             assert_same_bits(together, torch.cat(alone, dim=1))
         assert_near(together, torch.cat(alone, dim=1).float(), torch.bfloat16)
-        assert_same_bits(tiles.tile_linear(x, [packed_linear(*p) for p in packed]), together)
-        reversed_weights, scales = zip(*packed[::-1], strict=True)
-        other = torch.ops.qwen3fast.quantized_linear(x, list(reversed_weights), list(scales))
-        assert_same_bits(tiles.tile_linear(x, [packed_linear(*p) for p in packed[::-1]]), other)
+        for order in (packed, packed[::-1]):
+            by_tiles = tiles.tile_linear(x, [packed_linear(*p) for p in order])
+            apart = [tiles.tile_linear(x, [packed_linear(*p)]) for p in order]
+            assert_same_bits(by_tiles, torch.cat(apart, dim=1))
+            assert_near(by_tiles, torch.cat(alone if order is packed else alone[::-1], dim=1).float(), torch.bfloat16)
 
 
 def models(**changes):
