@@ -18,7 +18,11 @@ from qwen3fast.bench.record import Case, Record, load_record
 from qwen3fast.bench.statistics import Estimate, estimate, ratio
 
 MODEL = "random:0.6b"
-PROCESSORS = {"AMD EPYC, family 26 model 2": "Zen 5", "AMD EPYC, family 25 model 17": "Zen 4"}  # in the tables' order
+PROCESSORS = {  # in the tables' order
+    "AMD EPYC, family 26 model 2": "Zen 5",
+    "AMD EPYC, family 25 model 17": "Zen 4",
+    "Intel(R) Xeon(R) Processor, family 6 model 207": "Xeon with AMX",
+}
 ALIKE = 0.9  # of the faster of two reads: the memory was in the same state
 NOT_RUN = "not run"
 Shape = tuple[str, str, int]  # format, "decode" or "prefill", context
