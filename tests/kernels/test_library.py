@@ -67,7 +67,7 @@ def test_functions_have_the_types_of_the_header():
     )
     assert (rows.restype, rows.argtypes) == (c_bool, [c_void_p, c_void_p, c_void_p, c_int64, c_int64])
     assert (try_tiles.restype, try_tiles.argtypes) == (c_bool, [])
-    assert (step.restype, step.argtypes) == (c_double, [c_void_p, c_int64, *[c_void_p] * 7, c_int64])
+    assert (step.restype, step.argtypes) == (c_double, [c_void_p, c_int64, *[c_void_p] * 7, c_int64, c_int64])
 
 
 def test_structures_have_the_fields_of_the_header():
