@@ -27,6 +27,8 @@ FORMAT_COLORS = {
     "bf16-kv8": "#6ba9c4", "int8-kv8": "#e8956d", "int4-kv8": "#97b86a",
 }  # fmt: skip
 
+CHARACTERS_PER_INCH = 15  # of text of size 8.5
+
 Points = Sequence[tuple[float, float]]
 End = tuple[float, float, str, str]  # of a line: x, y, text, color
 
@@ -42,7 +44,9 @@ def new_figure(record: Record, title: str, subtitle: str, size: tuple[float, flo
     left = 0.075 if size[0] < 12 else 0.05
     figure.text(left, 1 - 0.40 / size[1], title, size=15, weight="bold", color=INK)
     figure.text(left, 1 - 0.68 / size[1], subtitle, size=10.5, color=FAINT)
-    figure.text(left, 0.14 / size[1], where_measured(record), size=8.5, color=FAINT)
+    where = where_measured(record)
+    fitting = CHARACTERS_PER_INCH * (size[0] * (1 - left) - 0.1)  # a processor's name can be long
+    figure.text(left, 0.14 / size[1], where, size=8.5 * min(1, fitting / len(where)), color=FAINT)
     return figure
 
 
