@@ -12,6 +12,7 @@ among levels, processors and compilers.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import platform
@@ -286,8 +287,14 @@ def run_tests(level: Level, folder: Path, name: str) -> str:
 
 def main() -> int:
     """Check all levels and print a table; return 1 if one fails."""
+    levels = (*LEVELS, *NATIVE)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*(level.name for level in levels), *COMPILERS]
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(names)}; all without any")
+    chosen = set(parser.parse_args().names)
+    if unknown := chosen.difference(names):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(names)}")
     cpu.load()  # which packs the scales of cases
-    chosen, levels = set(sys.argv[1:]), (*LEVELS, *NATIVE)
     levels = [level for level in levels if level.name in chosen] or levels
     compilers = [name for name in chosen.intersection(COMPILERS) or COMPILERS if shutil.which(name)]
     results = {}

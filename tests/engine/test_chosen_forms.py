@@ -59,7 +59,7 @@ def faster(monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["no tiles", "tiles"])
 def has_tiles(request, monkeypatch):
-    """Whether the processor has tiles, which work: both kinds, whatever this machine is."""
+    """Return whether the processor has tiles, which work: a test runs for both kinds of processor."""
     monkeypatch.setattr(tiles, "are_announced", lambda: request.param)
     monkeypatch.setattr(tiles, "_are_usable", request.param)
     return request.param

@@ -88,7 +88,7 @@ def mean_seconds(call: Callable[[], Any], clock: Callable[[], float] = time.perf
 
 
 def faster_than_cpp(record: Record) -> list[tuple[Case, Case]]:
-    """Return the cases whose form is clearly faster than the C++ for the same work, each with that of the C++."""
+    """Return pairs of cases: a form that is clearly faster than the C++, and the C++ for the same work."""
     in_cpp = {(c.labels["computation"], c.labels["sizes"]): c for c in record.cases if c.labels["form"] == CPP}
     pairs = [(c, in_cpp.get((c.labels["computation"], c.labels["sizes"]))) for c in record.cases]
     return [

@@ -8,6 +8,7 @@
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace {
 
@@ -23,7 +24,7 @@ struct Input {
   Input(int64_t M, int64_t K, Tiles tiles = kNoTiles)
       : rows(M * K), quantized(M, K), pairs(tiles ? (M + kLanes - 1) / kLanes * kLanes * K / 2 : 0) {}
 
-  bool has_tiles(const Linear& weight) const { return !pairs.empty() && weight.bits == 16 && weight.K % 32 == 0; }
+  bool has_tiles(const Linear& weight) const { return !pairs.empty() && weight.bits == 16 && weight.K % kTileDepth == 0; }
 
   // As `weight` needs the rows, and others of its kind with the same input and order of channels.
   void quantize(const BFloat16* from, int64_t M, int64_t K, const Linear& weight) {

@@ -91,11 +91,11 @@ QWEN3FAST_API void qwen3fast_linear(const BFloat16* x, const BFloat16* weight, B
 QWEN3FAST_API void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y,
                                               int64_t M, int64_t threads);
 
-// Whether products are made by tiles (tiles.cpp), in bfloat16, or in int8 where the weight is and K is a multiple of 64.
+// Whether products are made by tiles (tiles.cpp), in bfloat16, or in int8 where the weight has 4 to 8 bits, is not fp8, and K
+// is a multiple of 64.
 enum Tiles : int64_t { kNoTiles, kBFloat16Tiles, kInt8Tiles };
 
-// The same by tiles: for many rows; also for weights in bfloat16, packed or not, if all are. N multiples of 16. Tiles
-// take 32 channels: with other K, of 16, the product is made without them, for M of at least 8.
+// The same by tiles: for many rows, and also for weights in bfloat16. N multiples of 16, K of 32.
 QWEN3FAST_API void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M,
                                          Tiles tiles, int64_t threads);
 

@@ -25,7 +25,7 @@ constexpr int64_t keys_of(bool by_tiles) { return by_tiles ? 128 : 64; }
 constexpr int64_t kTogether = 32;  // rows whose scores exist at a time: two tiles of AMX
 constexpr float kHidden = -1e30f;  // the score of a key that a query may not see
 
-// Keys in columns: pairs (D/2, width), two neighbouring channels of a key in 32 bits. k: (count, D); the last key is
+// Keys in columns: pairs (D/2, width), two neighboring channels of a key in 32 bits. k: (count, D); the last key is
 // repeated up to `padded`, a multiple of sixteen.
 void key_columns(const BFloat16* k, int64_t count, int64_t padded, int64_t D, int64_t width, uint32_t* pairs) {
   for (int64_t t = 0; t < padded; t += kLanes)

@@ -12,11 +12,6 @@
 #include "ops.h"
 
 constexpr int64_t kAhead = 4096;  // bytes to prefetch; the hardware prefetcher stops at page borders
-// The cache level to prefetch to. Level 1 allows few reads at a time, which costs nothing where much is computed per line:
-// with 4 to 6 bits, with 3 rows of bfloat16 and more, 8 of int8, in attention. One row in 8 bits, and up to two in bfloat16,
-// read fast memory through level 2.
-constexpr int kIntoL1 = 3, kIntoL2 = 2;
-
 constexpr int64_t kGroup = 32;  // channels that share a scale
 constexpr int64_t kHalfGroup = kGroup / 2;  // the same in 6 bits
 constexpr int64_t kManyRows = 8;  // of x, from which lanes are rows in bfloat16; all chunks of prompts have as many
@@ -128,17 +123,6 @@ void quantize_again(const Linear& weight, int64_t block, int64_t span, uint8_t* 
 void fp8_blocks(const BFloat16* x, int64_t M, const Linear& weight, BFloat16* y, int64_t begin, int64_t end, int64_t width);
 
 namespace {
-
-// Cache lines that will be read soon, and are asked for meanwhile, `count` at a time.
-struct Ahead {
-  const char* next;
-  int64_t count;
-
-  template <int kLevel = kIntoL2>
-  FORCE_INLINE void ask() {
-    for (int64_t i = 0; i < count; i++, next += 64) __builtin_prefetch(next, 0, kLevel);
-  }
-};
 
 // Scales of int4 in bytes: of 16 rows, a line of units, then a line per group. A unit is the exponent of a power of two, as
 // float32 has it; a scale, relative to the unit, has a sign, 4 bits of exponent, of which 15 stands for 2^0, and 3 bits of

@@ -50,6 +50,12 @@ Side tiles_of(const void* blocks, int64_t block, int64_t block_bytes) {
   return {static_cast<const uint8_t*>(blocks) + block * block_bytes, kTileBytes, kTile, block_bytes};
 }
 
+// Part `part` of `parts` of some lines, to be asked for in so many steps.
+Ahead part_of(Ahead lines, int64_t part, int64_t parts, int64_t steps) {
+  const int64_t begin = lines.count * part / parts, end = lines.count * (part + 1) / parts;
+  return {lines.next + begin * 64, (end - begin + steps - 1) / steps};
+}
+
 // Puts up to 16 rows of x into tiles; missing rows are zero. Memory is written in order.
 void put_into_tiles(const BFloat16* x, int64_t rows, int64_t K, uint8_t* tiles) {
   for (int64_t k = 0; k < K; k += kTileDepth, tiles += kTile) {
@@ -62,7 +68,7 @@ void put_into_tiles(const BFloat16* x, int64_t rows, int64_t K, uint8_t* tiles) 
 }
 
 // x (M, K) in tiles, in each form that its weights need. Memory is kept from call to call.
-struct Input {
+struct TiledInput {
   int64_t M, K, spans;
   Lines<uint8_t> rows, pairs, levels;  // bfloat16 as it is; in pairs of neighboring channels; int8
   // Of levels, one per row and kSpan channels: value = scale * level. offset: the amount that the zero point of weights adds.
@@ -128,7 +134,7 @@ struct Panel {
   int64_t block, blocks, column;
 
   // Of the memory that its tiles may take.
-  int64_t bytes() const { return kTwo * weight->K * int64_t{sizeof(BFloat16)} + kTile; }
+  int64_t bytes() const { return kTwo * weight->K * int64_t{sizeof(BFloat16)}; }
 
   // Returns its tiles, which may lie in `room`, of bytes(). unpacked: room of all panels. is_copied: whether rows are: those of
   // a tile often lie a power of two apart, and drive each other out of the cache where they are read again.
@@ -156,10 +162,10 @@ struct Panel {
   }
 
   // Where it lies, to be asked for before `tiles` reads it.
-  Lookahead lines() const {
+  Ahead lines() const {
     const bool is_plain = weight->bits == 16;
     const int64_t bytes = is_plain ? kTileRows * weight->K * int64_t{sizeof(BFloat16)} : weight_bytes(*weight, kLanes);
-    return {static_cast<const char*>(weight->weight) + block * bytes, (blocks * bytes + 63) / 64, 0};
+    return {static_cast<const char*>(weight->weight) + block * bytes, (blocks * bytes + 63) / 64};
   }
 };
 
@@ -169,7 +175,7 @@ constexpr int64_t kPanelBytes = 1 << 20;  // of their tiles, which stay in a cor
 
 // The functions below multiply up to 32 rows of x, from m0 on, by `count` panels. out: a row of kRow numbers for each.
 
-void multiply_packed(const Panel* panels, const Tiled* tiled, int64_t count, const Input& x, int64_t m0, Lookahead* ahead,
+void multiply_packed(const Panel* panels, const Tiled* tiled, int64_t count, const TiledInput& x, int64_t m0, Ahead* ahead,
                      BFloat16* out) {
   alignas(64) float sums[kTwo * kTwo];
   for (int64_t p = 0; p < count; p++, out += kTwo) {
@@ -178,13 +184,13 @@ void multiply_packed(const Panel* panels, const Tiled* tiled, int64_t count, con
                           tiled[p].side, x.K / kTileDepth, sums, kTwo, &ahead[p]);
     const Vec first = has_scales ? load(tiled[p].scale) : fill(1);
     const Vec second = has_scales && has_two ? load(tiled[p].scale + kLanes) : first;
-    for (int64_t m = 0; m < kTwo; m++)
+    for (int64_t m = 0; m < std::min(x.M - m0, kTwo); m++)
       store_two_in_order(out + m * kRow, load(sums + m * kTwo) * first, load(sums + m * kTwo + kLanes) * second);
   }
 }
 
 // The weight's rows are those of the product here, which is transposed: two rows of it at a time are pairs of numbers.
-void multiply_plain(const Panel* panels, const Tiled* tiled, int64_t count, const Input& x, int64_t m0, Lookahead* ahead,
+void multiply_plain(const Panel* panels, const Tiled* tiled, int64_t count, const TiledInput& x, int64_t m0, Ahead* ahead,
                     BFloat16* out) {
   alignas(64) float sums[kTwo * kTwo];
   const bool has_two = x.M - m0 > kTileRows;
@@ -203,7 +209,7 @@ void multiply_plain(const Panel* panels, const Tiled* tiled, int64_t count, cons
 
 // A span of x meets all panels before the next one: it stays in level 1. Sums are added up while the next ones are made.
 template <bool kHasSpans>  // whether each span of the weight has its own scales
-void multiply_int8(const Panel* panels, const Tiled* tiled, int64_t count, const Input& x, int64_t m0, Lookahead* ahead,
+void multiply_int8(const Panel* panels, const Tiled* tiled, int64_t count, const TiledInput& x, int64_t m0, Ahead* ahead,
                    BFloat16* out) {
   alignas(64) int32_t sums[2][kTwo * kTwo];
   alignas(64) float totals[kPanels][kTwo * kTwo];
@@ -247,7 +253,6 @@ constexpr decltype(&multiply_packed) kMultiply[] = {multiply_packed, multiply_pl
 
 void qwen3fast_tile_linear(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, Tiles tiles,
                            int64_t threads) {
-  if (weights[0].K % kTileDepth) return qwen3fast_quantized_linear(x, weights, count, y, M, threads);
   tile_products(x, weights, count, y, M, tiles, kReplace, threads);
 }
 
@@ -265,8 +270,8 @@ void tile_products(const BFloat16* x, const Linear* weights, int64_t count, BFlo
       panels[i % sides].push_back({weights + i, way, block, std::min<int64_t>(2, blocks - block), first + block * kLanes});
     width = first + weights[i].N;
   }
-  static thread_local Input kept;
-  Input& input = kept;  // the same one in all threads
+  static thread_local TiledInput kept;
+  TiledInput& input = kept;  // the same one in all threads
   input.make(x, M, K, has[kPacked], has[kPlain], has[kInt8] || has[kInt8Again], threads);
   const int64_t total = panels[0].size(), passes = (M + kTwo - 1) / kTwo, panel_bytes = panels[0][0].bytes();
   const int64_t most = std::clamp<int64_t>(std::min(kPanelBytes / (sides * panel_bytes), total / (4 * threads)), 1, kPanels);
@@ -292,10 +297,10 @@ void tile_products(const BFloat16* x, const Linear* weights, int64_t count, BFlo
         for (int64_t m = 0; m < rows; m++)
           for (int64_t n = 0; n < columns; n += kTwo) __builtin_prefetch(to + m * width + n, 1);
         for (int64_t s = 0; s < sides; s++) {
-          Lookahead ahead[kPanels];
+          Ahead ahead[kPanels] = {};
           for (int64_t j = 0; j < number && i + most + j < last; j++) {
-            ahead[j] = panels[s][i + most + j].lines();
-            ahead[j].take_part(pass, passes, K / kTileDepth);
+            const Panel& next = panels[s][i + most + j];
+            ahead[j] = part_of(next.lines(), pass, passes, K / (next.way < kInt8 ? kTileDepth : kTileBytes));
           }
           for (int64_t j = 0, same; j < number; j += same) {  // as many as are multiplied in the same way
             const Way way = panels[s][i + j].way;
@@ -317,7 +322,6 @@ void tile_products(const BFloat16* x, const Linear* weights, int64_t count, BFlo
   }, parts_for(M));
 }
 
-// 32 rows of the weight at a time: steps were slower with 64 rows and twice as many sums, and more to ask for ahead.
 void tile_rows(const uint32_t* pairs, int64_t M, const BFloat16* weight, BFloat16* y, int64_t n0, int64_t n1, int64_t N,
                int64_t K) {
   const int64_t row_bytes = K * sizeof(BFloat16), steps = K / kTileDepth;
@@ -327,8 +331,7 @@ void tile_rows(const uint32_t* pairs, int64_t M, const BFloat16* weight, BFloat1
     rows = std::min(n1 - n, kTwo);
     const Side a{weight + n * K, row_bytes, kTileBytes, kTileRows * row_bytes};
     const auto* const next = reinterpret_cast<const char*>(weight + (n + rows) * K);
-    Lookahead ahead{next, std::min(n1 - n - rows, kTwo) * row_bytes / 64};
-    ahead.take_part(0, 1, steps);
+    Ahead ahead = part_of({next, std::min(n1 - n - rows, kTwo) * row_bytes / 64}, 0, 1, steps);
     multiply_sides<false>(rows == kTwo, M > kTileRows, a, b, steps, sums, kTwo, &ahead);
     for (int64_t m = 0; m < M; m += kLanes) {
       Bits square[kLanes] = {};  // two rows of the weight at a time are pairs of numbers

@@ -115,23 +115,9 @@ struct Side {
   const uint8_t* at(int64_t step) const { return static_cast<const uint8_t*>(first) + step * next; }
 };
 
-// Lines of memory that will be needed, asked for into the cache of level 2 while tiles are multiplied.
-struct Lookahead {
-  const char* next = nullptr;
-  int64_t lines = 0, each = 0;  // each: per step
-
-  // Leaves part `part` of `parts`, to be asked for in so many steps.
-  void take_part(int64_t part, int64_t parts, int64_t steps) {
-    const int64_t begin = lines * part / parts, end = lines * (part + 1) / parts;
-    next += begin * 64, lines = end - begin, each = (lines + steps - 1) / steps;
-  }
-  FORCE_INLINE void ask() {
-    for (int64_t i = 0; i < each; i++, next += 64) __builtin_prefetch(next, 0, 2);
-  }
-};
-
+// ahead: lines that are asked for at each step; may be null.
 template <typename Sum, int kA, int kB, bool kAdds>
-void multiply_tiles(Side a, Side b, int64_t steps, Sum* c, int64_t c_stride, Lookahead* ahead) {
+void multiply_tiles(Side a, Side b, int64_t steps, Sum* c, int64_t c_stride, Ahead* ahead) {
   const int64_t c_bytes = c_stride * sizeof(Sum);
   Sum* const below = c + kTileRows * c_stride;
   TILE_BARRIER();
@@ -167,7 +153,7 @@ void multiply_tiles(Side a, Side b, int64_t steps, Sum* c, int64_t c_stride, Loo
 // c += a b for one or two tiles of each side; with kAdds false, c = a b. steps: tiles along the channels.
 template <bool kAdds, typename Sum>
 void multiply_sides(bool two_a, bool two_b, Side a, Side b, int64_t steps, Sum* c, int64_t c_stride,
-                    Lookahead* ahead = nullptr) {
+                    Ahead* ahead = nullptr) {
   const auto multiply = two_a ? two_b ? multiply_tiles<Sum, 2, 2, kAdds> : multiply_tiles<Sum, 2, 1, kAdds>
                               : two_b ? multiply_tiles<Sum, 1, 2, kAdds> : multiply_tiles<Sum, 1, 1, kAdds>;
   multiply(a, b, steps, c, c_stride, ahead);

@@ -2,8 +2,8 @@
 
 A system may withhold tiles that its processor has, and on some the first tile instruction ends the program: they are
 tried when the operations are loaded, in a child process. They are among the forms that are measured (kernels/cases.py):
-of products, in bfloat16 and, for weights in int8, in int8; of prefill attention; and of decode steps with weights in
-bfloat16. Those in bfloat16 are the first form, except of experts, and of decode steps of few rows.
+of products, in bfloat16 and, for weights in 4 to 8 bits, in int8; of prefill attention; and of decode steps with
+weights in bfloat16. Those in bfloat16 are the first form, except of experts, and of decode steps of few rows.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def are_usable() -> bool:
 def tile_linear(x: Tensor, weights: Sequence[Structure], tiles: Tiles = Tiles.BFLOAT16) -> Tensor:
     """Return x @ weight.T for weights of the same K, side by side, (..., N) bfloat16. x: (..., K) bfloat16.
 
-    weights: all packed, of any formats, or all in bfloat16. tiles: INT8 quantizes x for weights in int8, if K is a
-    multiple of 64. K: a multiple of 32; each N: of 16.
+    weights: in any formats. tiles: INT8 quantizes x for weights of which `has_int8_tiles` is true. K: a multiple of 32;
+    each N: of 16.
     Raises: ValueError for other sizes.
     """
     K = x.shape[-1]
