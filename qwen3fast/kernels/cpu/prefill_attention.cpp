@@ -201,7 +201,7 @@ void prefill_heads(const BFloat16* q, int64_t q_stride, const Cached<N>& cached,
                    int64_t threads) {
   const float scale = 1.f / std::sqrt(static_cast<float>(D));
   const int64_t G = H / K, most = std::max<int64_t>(1, rows_of(kByTiles) / G);  // queries of a tile
-  const int64_t shared = kByTiles ? std::max<int64_t>(1, T * B * K / (4 * threads)) : T;  // so that all threads have some
+  const int64_t shared = kByTiles ? std::max<int64_t>(1, T * B * K / (4 * threads)) : T;  // to give all threads some
   const int64_t queries = std::min(most, std::max(shared, std::max<int64_t>(1, rows_of(false) / G)));
   const int64_t tiles = (T + queries - 1) / queries;
   const int64_t count = B * K * tiles, each = count / threads;

@@ -36,7 +36,7 @@ struct Pass {
   Lines<float> share;
 };
 
-// Whether a product with this many channels is made by tiles.
+// Returns whether a product with this many channels is made by tiles.
 bool takes_tiles(const Pass& p, int64_t K) { return p.tiles && K % kTileDepth == 0; }
 
 // out: the products of weights of the same input, side by side.

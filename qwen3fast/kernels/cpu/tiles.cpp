@@ -169,7 +169,7 @@ struct Panel {
   }
 };
 
-constexpr int64_t kPanels = 8;  // that are multiplied by the same rows of x, so that y is written in longer pieces
+constexpr int64_t kPanels = 8;  // that are multiplied by the same rows of x, to write y in longer pieces
 constexpr int64_t kRow = kPanels * kTwo;  // numbers of a row of their results
 constexpr int64_t kPanelBytes = 1 << 20;  // of their tiles, which stay in a core's cache
 
