@@ -58,7 +58,7 @@ class Engine(Rows):
     compile: False runs the same code eagerly. cuda_graphs: False launches each kernel of a step from the host.
     lookahead: steps that may be launched before the oldest one is collected, see `launch`; by default LOOKAHEAD on
     CUDA, otherwise 0. forms: of several ways to compute a result, "measured" uses the fastest on this machine, "first"
-    the first that kernels/cases.py names.
+    the first that kernels/cases.py and engine/forms.py name.
     max_adapters, max_adapter_rank: room for LoRA adapters, allocated at once; 0 adapters for none.
 
     Attributes:

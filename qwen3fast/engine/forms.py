@@ -55,6 +55,7 @@ LINEAR_WORK = "linear "  # and the format of its weights
 BLOCKS = "block by block"  # instead of all in one operation in C++
 DECODE_BYTES = 2**27  # weights of the blocks that are measured: more than caches hold
 DECODE_POSITION = 100
+FIELDS = {INT8_TILES: "int8_tiles", TILES: "tiles", DEQUANTIZED: "dequantized", LINEAR: "dequantized"}  # of RowLimits
 MIN_TILE_ROWS = 8  # of decode steps, from which tiles are the first form
 WAITING = "until the next warmup() or process; measured meanwhile"
 
@@ -75,7 +76,8 @@ class Forms:
         """
         self._is_first = is_first
         self._layers = {} if model is None else layers_by_work(model)
-        self._cases = [] if model is None else cases_of(model, cache)
+        self._model, self._cache = model, cache
+        self._cases: list[FormCase] = []
         self.sdpa_from: tuple[int, ...] = ()
         self.tiles_from: tuple[int, ...] = ()
         self.block_rows: frozenset[int] = frozenset()
@@ -89,6 +91,8 @@ class Forms:
         Raises: ValueError as `kernels.forms.is_pinned`.
         """
         before = self._used()
+        # Again each time: when the C++ operations are loaded, tiles may turn out to be refused.
+        self._cases = [] if self._model is None else cases_of(self._model, self._cache)
         for case, is_in_time in self._timed_cases():
             self.choices[_label(case)] = choose(case, may_measure and is_in_time, self._is_first)
         self._use()
@@ -137,14 +141,18 @@ class Forms:
         if self.sdpa_from and used_length >= self.sdpa_from[chunk_class(size)]:
             return None
         limits = self._limits()
-        linears = [limit for what, limit in limits.items() if what.startswith(LINEAR_WORK)]
-        experts = [min(limit) for what, limit in limits.items() if not what.startswith(LINEAR_WORK)]
-        if any(num_tokens >= limit for limit in (*experts, *(limit.dequantized for limit in linears))):
+        linears = {what: limit for what, limit in limits.items() if what.startswith(LINEAR_WORK)}
+        if any(limits[what].form_at(num_tokens) for what in limits.keys() - linears.keys()):
             return None
-        kinds = {limit.tiles_at(num_tokens) if tiles.are_usable() else Tiles.NONE for limit in linears}
-        if Tiles.INT8 in kinds:  # which multiplies weights in other formats by tiles of bfloat16
-            kinds -= {Tiles.BFLOAT16}
-        return kinds.pop() if len(kinds) == 1 else None
+        if any(limit.form_at(num_tokens) == "dequantized" for limit in linears.values()):
+            return None
+        kinds = {
+            what: limit.tiles_at(num_tokens) if tiles.are_usable() else Tiles.NONE for what, limit in linears.items()
+        }
+        if Tiles.INT8 in kinds.values():  # weights that have no tiles of int8 are then multiplied by tiles of bfloat16
+            has_int8 = {case.what for case in self._cases if INT8_TILES in case.names}
+            kinds = {what: kind for what, kind in kinds.items() if kind != Tiles.BFLOAT16 or what in has_int8}
+        return next(iter(kinds.values())) if len(set(kinds.values())) == 1 else None
 
     def serve_chunks(self, sizes: Sequence[int], cache: StaticKVCache) -> bool:
         """Return whether `of_chunks` returns a form for chunks of these sizes, at any length that fits the cache."""
@@ -163,18 +171,32 @@ class Forms:
             frozenset(rows for (rows,), name in steps.items() if name == form) for form in (BLOCKS, TILES)
         )
         for what, layers in self._layers.items():
-            at = [(case.sizes[0], name) for case, name in names.items() if case.what == what]
-            forms = (INT8_TILES, TILES, DEQUANTIZED, LINEAR)
-            limits = RowLimits(*(used_from(at, *forms[i:]) for i in range(3)))
+            limits = row_limits([(case.sizes[0], name) for case, name in names.items() if case.what == what])
             for layer in layers:
                 if layer.limits != limits:
                     layer.limits = limits
 
     def _used(self) -> tuple[Any, ...]:
-        return self.sdpa_from, self.tiles_from, self.block_rows, self.tile_rows, self._limits()
+        return self.sdpa_from, self.tiles_from, self._limits()
 
     def _limits(self) -> dict[str, RowLimits]:
         return {what: layers[0].limits for what, layers in self._layers.items()}
+
+
+def row_limits(choices: Sequence[tuple[int, str]]) -> RowLimits:
+    """Return the limits of the forms that were chosen for products.
+
+    choices: measured numbers of rows, ascending, and the form that was chosen there. A form serves one range of rows:
+    where it was chosen again below another one, the other one serves.
+    """
+    limits: dict[str, int] = {}
+    field = ""
+    for rows, name in reversed(choices):
+        if name == CPP:
+            break
+        field = field if FIELDS[name] in limits else FIELDS[name]
+        limits[field] = rows
+    return RowLimits(**limits)
 
 
 def cases_of(model: Qwen3, cache: StaticKVCache) -> list[FormCase]:

@@ -37,7 +37,7 @@ def prefill_attention_case(tokens: int, length: int, heads: tuple[int, int, int]
     H, K, D = heads
     measured_K = min(K, max(2, torch.get_num_threads()))
     key = f"{tokens} tokens at {length}, {H}/{K} heads of {D}, {str(dtype).removeprefix('torch.')}"
-    names = (*_first_forms(), SDPA)
+    names = (*_cpp_forms(), SDPA)
     calls = partial(_prefill_attention, names, tokens, length, (H // K * measured_K, measured_K, D), dtype)
     return FormCase("prefill attention", key, names, calls, (tokens, length))
 
@@ -58,8 +58,8 @@ def _prefill_attention(
     return {name: _without_grad(torch.ops.qwen3fast.prefill_attention, *fixed, *lengths[name]) for name in names}
 
 
-def _first_forms() -> tuple[str, ...]:
-    """Return the forms that serve until something is measured: tiles where there are any, several times as fast."""
+def _cpp_forms() -> tuple[str, ...]:
+    """Return our own forms. Until something is measured, the first serves: tiles, if any; they are much faster."""
     return (TILES, CPP) if tiles.are_announced() else (CPP,)
 
 
@@ -68,12 +68,12 @@ def linear_case(rows: int, weight: Sequence[Tensor], format: str = BFLOAT16) -> 
 
     weight: one tensor in bfloat16, or packed weight and scale.
     """
-    (N, K), names = weight[0].shape[:2], (*_first_forms(), LINEAR)
+    (N, K), names = weight[0].shape[:2], (*_cpp_forms(), LINEAR)
     if len(weight) > 1:
         linear = packed_linear(*weight)
         N, K = linear.N, linear.K
         int8 = (INT8_TILES,) if tiles.are_announced() and has_int8_tiles(linear) else ()
-        names = (*_first_forms(), *int8, DEQUANTIZED)
+        names = (*_cpp_forms(), *int8, DEQUANTIZED)
     calls = partial(_linear, rows, K, weight, names)
     return FormCase(f"linear {format}", f"{rows} rows, {N} x {K}", names, calls, (rows,))
 

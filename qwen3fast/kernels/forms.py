@@ -151,13 +151,15 @@ def measure(
 
 
 def winner(rounds: Mapping[str, list[float]]) -> str:
-    """Return the first form, or the fastest of those that were faster than it in every round.
+    """Return the first form, or the fastest one if any was faster than the first in every round.
 
     By GAIN, or by CLEAR where they share fewer than MIN_ROUNDS. Rounds are in order; forms that ended early have fewer.
     """
     first, times = next(iter(rounds.items()))
-    better = [name for name in rounds if _displaces(rounds[name], times)]
-    return min(better, key=lambda name: median(rounds[name]), default=first)
+    if not any(_displaces(others, times) for others in rounds.values()):
+        return first
+    most = max(map(len, rounds.values()))
+    return min((name for name in rounds if len(rounds[name]) == most), key=lambda name: median(rounds[name]))
 
 
 def _displaces(times: list[float], first: list[float]) -> bool:

@@ -91,8 +91,9 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the product, (..., N) in the dtype of x, (..., K).
 
-        The C++ operation also quantizes x to 8 bits, in groups of 32 channels, except for fp8 and lossless; other forms
-        do not. In each form on the CPU, a row's result does not depend on the values in the rows beside it.
+        The C++ operation also quantizes x to 8 bits, except for fp8 and lossless: in groups of 32 channels, by AMX's
+        tiles of int8 in groups of 256, as are weights of fewer bits there. Other forms do not. In each form on the CPU,
+        a row's result does not depend on the values in the rows beside it.
         """
         [y] = self.forward_together(x, [self])
         return y

@@ -15,7 +15,7 @@ from qwen3fast.engine import Engine, StepKind
 from qwen3fast.engine.compile import StepCompiler
 from qwen3fast.engine.decode_layers import DecodeLayers
 from qwen3fast.engine.fast_layers import use_fast_layers
-from qwen3fast.engine.forms import BLOCKS, LINEAR_WORK, WAITING, cases_of
+from qwen3fast.engine.forms import BLOCKS, FIELDS, LINEAR_WORK, WAITING, cases_of, row_limits
 from qwen3fast.kernels import cpu, forms, forms_file
 from qwen3fast.kernels.cases import CPP, DEQUANTIZED, INT8_TILES, LINEAR, ROWS, SDPA, TILES
 from qwen3fast.kernels.compiling import operations
@@ -274,8 +274,8 @@ def test_an_engine_uses_the_faster_forms(format, faster):
 @pytest.mark.parametrize(
     ("format", "won", "limits", "kind"),
     [
-        ("int4", TILES, {"tiles": ROWS[0], "int8_tiles": ROWS[0]}, Tiles.BFLOAT16),
-        ("int8", TILES, {"tiles": ROWS[0], "int8_tiles": ROWS[0]}, Tiles.BFLOAT16),
+        ("int4", TILES, {"tiles": ROWS[0]}, Tiles.BFLOAT16),
+        ("int8", TILES, {"tiles": ROWS[0]}, Tiles.BFLOAT16),
         ("int8", INT8_TILES, {"int8_tiles": ROWS[0]}, Tiles.INT8),
         ("int4", INT8_TILES, {"int8_tiles": ROWS[0]}, Tiles.INT8),
         ("int4", CPP, {}, Tiles.NONE),
@@ -379,6 +379,7 @@ def test_an_engine_multiplies_experts_in_the_faster_form(won, is_first, faster, 
         (RowLimits(tiles=65), (), Tiles.NONE),
         (RowLimits(int8_tiles=64, tiles=65), (), Tiles.INT8),
         (RowLimits(int8_tiles=32, tiles=64), (), Tiles.BFLOAT16),
+        (RowLimits(int8_tiles=64, tiles=32), (), Tiles.INT8),
         (RowLimits(dequantized=64), (), None),
         (RowLimits(tiles=32, dequantized=65), (), Tiles.BFLOAT16),
         (RowLimits(), (NEVER, 100, NEVER), None),
@@ -397,21 +398,69 @@ def test_chunks_run_in_one_operation_where_no_form_of_pytorch_s_is_faster(limits
     assert chosen.of_chunks(64, 64, 100) is None
 
 
+BY_INT8, BY_TILES, DEQUANTIZED_FIRST = RowLimits(int8_tiles=32), RowLimits(tiles=32), RowLimits(dequantized=32)
+
+
 @pytest.mark.parametrize(
-    ("int8", "int4", "expected"),
+    ("of_int8", "other", "of_other", "expected"),
     [
-        (RowLimits(int8_tiles=32), RowLimits(tiles=32), Tiles.INT8),
-        (RowLimits(tiles=32), RowLimits(tiles=32), Tiles.BFLOAT16),
-        (RowLimits(int8_tiles=32), RowLimits(), None),
-        (RowLimits(), RowLimits(tiles=32), None),
+        (BY_INT8, "fp8", BY_TILES, Tiles.INT8),  # fp8 has no tiles of int8
+        (BY_INT8, "int4", BY_INT8, Tiles.INT8),
+        (BY_INT8, "int4", BY_TILES, None),
+        (BY_TILES, "int4", BY_INT8, None),
+        (BY_TILES, "int4", BY_TILES, Tiles.BFLOAT16),
+        (BY_INT8, "fp8", RowLimits(), None),
+        (RowLimits(), "int4", BY_TILES, None),
+        (BY_INT8, "fp8", DEQUANTIZED_FIRST, None),
     ],
 )
-def test_chunks_of_two_formats_run_in_one_operation_where_it_has_both_forms(int8, int4, expected, monkeypatch):
+def test_chunks_of_two_formats_run_in_one_operation_where_it_has_both_forms(
+    of_int8, other, of_other, expected, monkeypatch
+):
+    monkeypatch.setattr(tiles, "are_announced", lambda: True)
     monkeypatch.setattr(tiles, "_are_usable", True)
-    chosen = small_engine(small_model(), forms="first").parts.forms
-    layers = {LINEAR_WORK + name: [SimpleNamespace(limits=at)] for name, at in (("int8", int8), ("int4", int4))}
-    chosen._layers = layers | {"experts int4": [SimpleNamespace(limits=RowLimits())]}
+    model = small_model("int8")
+    gate_proj = small_model(other).model.layers[0].mlp.gate_proj
+    for block in model.model.layers:
+        block.mlp.gate_proj = gate_proj
+    chosen = small_engine(model, forms="first").parts.forms
+    for what, limits in ((LINEAR_WORK + "int8", of_int8), (LINEAR_WORK + other, of_other)):
+        for layer in chosen._layers[what]:
+            layer.limits = limits
     assert chosen.of_chunks(64, 64, 100) is expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ([TILES, TILES, INT8_TILES], RowLimits(tiles=32, int8_tiles=512)),
+        ([INT8_TILES, TILES, TILES], RowLimits(int8_tiles=32, tiles=128)),
+        ([CPP, DEQUANTIZED, INT8_TILES], RowLimits(dequantized=128, int8_tiles=512)),
+        ([INT8_TILES, TILES, INT8_TILES], RowLimits(tiles=32, int8_tiles=512)),
+        ([TILES, CPP, LINEAR], RowLimits(dequantized=512)),
+        ([TILES, TILES, CPP], RowLimits()),
+    ],
+)
+def test_each_form_of_products_serves_from_a_number_of_rows(chosen, expected):
+    limits = row_limits(list(zip(ROWS, chosen, strict=True)))
+    assert limits == expected
+    fields = [FIELDS.get(name) for name in chosen]
+    if chosen != [INT8_TILES, TILES, INT8_TILES] and CPP not in chosen[1:]:
+        assert [limits.form_at(rows) for rows in ROWS] == fields
+        assert limits.form_at(10**6) == fields[-1] and limits.form_at(31) is None
+
+
+def test_tiles_that_were_refused_are_no_form(monkeypatch):
+    monkeypatch.setattr(tiles, "usable_levels", lambda: ())
+    monkeypatch.setattr(tiles, "processor_features", lambda: "amx_tile amx_bf16 amx_int8")
+    monkeypatch.setattr(tiles, "functions", lambda: SimpleNamespace(qwen3fast_try_tiles=lambda: False))
+    for name in ("_are_usable", "_are_refused"):
+        monkeypatch.setattr(tiles, name, False)
+    chosen = small_engine(small_model(), forms="first").parts.forms
+    assert any(TILES in case.names for case in chosen._cases)
+    tiles.try_tiles()
+    chosen.decide(may_measure=False)
+    assert chosen._cases and not any(TILES in case.names for case in chosen._cases)
 
 
 @pytest.mark.parametrize("format", [None, "int8"])
@@ -450,7 +499,7 @@ def test_the_first_forms_are_used_where_they_are_faster_or_pinned(options, has_t
     engine = small_engine(small_model("int8"), **options)
     assert (engine.parts.forms.sdpa_from, engine.parts.forms.block_rows) == ((), frozenset())
     assert engine.parts.forms.tiles_from == ((0, 0, NEVER) if has_tiles else ())
-    limits = RowLimits(int8_tiles=ROWS[0], tiles=ROWS[0]) if has_tiles else RowLimits()
+    limits = RowLimits(tiles=ROWS[0]) if has_tiles else RowLimits()
     assert engine.model.model.layers[0].mlp.down_proj.limits == limits
 
 

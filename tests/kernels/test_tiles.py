@@ -49,6 +49,39 @@ def test_scales_of_6_bits_are_read():
     assert_near(y, dequantized_linear(x, *weight).float(), torch.bfloat16)
 
 
+MIXED = [("int8", 48), ("int4", 16), ("bf16", 80), ("fp8", 272), ("int4", 304), ("bf16", 16), ("int8", 560)]
+
+
+@pytest.mark.parametrize("kind", [Tiles.BFLOAT16, Tiles.INT8])
+@pytest.mark.parametrize("rows", [5, 40])
+def test_many_weights_side_by_side_equal_each_one_alone(rows, kind, monkeypatch):
+    """One thread multiplies up to eight panels of 32 columns at a time, of which some have 16."""
+    kept, all_blocks = [], []
+    for n, (name, columns) in enumerate(MIXED):
+        weight, count = random_tensor(columns, 192, seed=n), columns // 16
+        kept.append([weight.bfloat16()] if name == "bf16" else FORMATS[name].operands(quantize(weight, FORMATS[name])))
+        all_blocks += zip(*(tensor.chunk(count) for tensor in kept[n]), strict=True)  # of 16 rows
+    x = random_tensor(rows, 192).bfloat16()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    together, *alone = (
+        tiles.tile_linear(x, [plain(*w) if len(w) == 1 else packed_linear(*w) for w in weights], kind)
+        for weights in (kept, *([block] for block in all_blocks))
+    )
+    assert torch.equal(together, torch.cat(alone, dim=-1))
+
+
+def test_more_rows_than_are_kept_in_tiles_at_a_time():
+    x, weight = random_tensor(4096 + 19, 64).bfloat16(), random_tensor(48, 64)
+    packed = quantize(weight, FORMATS["int8"])
+    y = tiles.tile_linear(x, [plain(weight := weight.bfloat16())])
+    assert_near(y, F.linear(x.float(), weight.float()), torch.bfloat16)
+    for run in (torch.ops.qwen3fast.linear, lambda x, _: tiles.tile_linear(x, [packed_linear(*packed)], Tiles.INT8)):
+        assert torch.equal(run(x, weight), torch.cat([run(part, weight) for part in x.split(4096)]))
+    y = torch.ops.qwen3fast.quantized_linear(x, [packed[0]], [packed[1]])
+    parts = [torch.ops.qwen3fast.quantized_linear(part, [packed[0]], [packed[1]]) for part in x.split(4096)]
+    assert torch.equal(y, torch.cat(parts))
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_weights_in_bfloat16(rows):
     weights = [random_tensor(n, 160, seed=n).bfloat16() for n in (16, 80)]
@@ -223,7 +256,8 @@ def test_tiles_that_are_announced_are_used_only_after_a_trial(is_right, monkeypa
     fake = SimpleNamespace(qwen3fast_try_tiles=lambda: is_right)
     monkeypatch.setattr(tiles, "are_announced", lambda: True)
     monkeypatch.setattr(tiles, "functions", lambda: fake)
-    monkeypatch.setattr(tiles, "_are_usable", False)  # restored afterwards
+    for name in ("_are_usable", "_are_refused"):
+        monkeypatch.setattr(tiles, name, False)  # restored afterwards
     tiles.try_tiles()
     assert tiles.are_usable() is is_right
 

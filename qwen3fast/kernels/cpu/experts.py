@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen3fast.kernels.cpu.library import functions
 from qwen3fast.kernels.cpu.ops import quantized_linear
-from qwen3fast.kernels.cpu.structures import NEVER, RowLimits, address, packed_linear, require
+from qwen3fast.kernels.cpu.structures import RowLimits, address, packed_linear, require
 from qwen3fast.kernels.define import define
 
 
@@ -52,8 +52,9 @@ def quantized_experts(
     )
     for order in gate_up[2:]:
         first.order = address("quantized_experts: an order", order, torch.int32, 2 * X, E)
-    if min(RowLimits(*limits)) <= N and len(gate_up) == 2 and bool((expert_NC.clamp(0, X - 1) == expert_NC).all()):
-        at = [0 if limit <= N else NEVER for limit in limits]
+    form = RowLimits(*limits).form_at(N)
+    if form and len(gate_up) == 2 and bool((expert_NC.clamp(0, X - 1) == expert_NC).all()):
+        at = RowLimits()._replace(**{form: 0})  # also of experts that only a few tokens chose
         return experts_one_by_one(x_NE, expert_NC, [tensor.unflatten(0, (X, -1)) for tensor in (*gate_up, *down)], at)
     x_NE, expert_NC = x_NE.contiguous(), expert_NC.contiguous()
     y_NCE = x_NE.new_empty(*expert_NC.shape, E)

@@ -147,6 +147,8 @@ void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BF
   const int64_t K = weights[0].K;
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
+  for (; M > kKeptRows; M -= kKeptRows, x += kKeptRows * K, y += kKeptRows * width)
+    linear_together(x, weights, count, y, kKeptRows, threads);
   const Bits* const pairs = paired(x, M, K, threads);
   parallel_for(width / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // panel of this weight
@@ -161,6 +163,8 @@ void linear_together(const BFloat16* x, const Linear* weights, int64_t count, BF
 
 void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFloat16* y, int64_t M, int64_t threads) {
   const int64_t N = gate.N, K = gate.K;
+  for (; M > kKeptRows; M -= kKeptRows, x += kKeptRows * K, y += kKeptRows * N)
+    gated_together(x, gate, up, y, kKeptRows, threads);
   const Bits* const pairs = paired(x, M, K, threads);
   parallel_for(N / kPanel, std::max<int64_t>(1, 32768 / (K * kPanel)), threads,
                [&](int64_t begin, int64_t end) { multiply_panels(pairs, M, gate, &up, y, begin, end, N); }, parts_for(M));

@@ -33,13 +33,13 @@ def linear(x: Tensor, weight_NK: Tensor, limits: Sequence[int] = ()) -> Tensor:
     limits: `RowLimits`, as a sequence of numbers; empty for this operation's own form alone.
     """
     N, K = weight_NK.shape
-    rows, at = x.numel() // K, RowLimits(*limits)
+    rows, chosen = x.numel() // K, RowLimits(*limits)
     require(x.dtype == weight_NK.dtype == torch.bfloat16, "linear: bfloat16 only")
     require(weight_NK.is_contiguous() and x.shape[-1] == K, "linear: weight (N, K) contiguous, x (..., K)")
     require(K % LANES == 0, "linear: K a multiple of 16")
-    if rows >= at.dequantized:
+    if chosen.form_at(rows) == "dequantized":
         return F.linear(x, weight_NK)
-    if rows >= at.tiles and K % (2 * LANES) == N % LANES == 0 and tiles.are_usable():
+    if chosen.tiles_at(rows) and K % (2 * LANES) == N % LANES == 0 and tiles.are_usable():
         return tiles.tile_linear(x, [LinearPointers(weight_NK.data_ptr(), None, N, K, 16, 0, 0)])
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], N))
     functions().qwen3fast_linear(x.data_ptr(), weight_NK.data_ptr(), y.data_ptr(), rows, N, K, torch.get_num_threads())
@@ -60,11 +60,11 @@ def quantized_linear(x: Tensor, packed: list[Tensor], scale: list[Tensor], limit
         raise ValueError(f"quantized_linear: {err}") from None
     for linear in linears:
         require(linear.K == K, f"quantized_linear: x has {K} channels, a weight has {linear.K}")
-    rows, at = x.numel() // K, RowLimits(*limits)
-    if rows >= at.dequantized:
+    rows, chosen = x.numel() // K, RowLimits(*limits)
+    if chosen.form_at(rows) == "dequantized":
         return torch.cat([dequantized_linear(x, *weight) for weight in zip(packed, scale, strict=True)], dim=-1)
-    if at.tiles_at(rows) and tiles.are_usable():
-        return tiles.tile_linear(x, linears, at.tiles_at(rows))
+    if (kind := chosen.tiles_at(rows)) and tiles.are_usable():
+        return tiles.tile_linear(x, linears, kind)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], sum(linear.N for linear in linears)))
     pointers = (LinearPointers * len(linears))(*linears)
     functions().qwen3fast_quantized_linear(

@@ -69,6 +69,9 @@ struct Activations {
   }
 };
 
+// Products of more rows of x are made part by part: a copy of x in another layout is kept from call to call.
+constexpr int64_t kKeptRows = 4096;
+
 // Bytes of some rows (a multiple of 16) of a packed weight, and of their scales.
 inline int64_t weight_bytes(const Linear& weight, int64_t rows) {
   return rows * (is_lossless(weight) ? lossless_bytes(weight.K) : weight.K * weight.bits / 8);
@@ -97,7 +100,8 @@ void gated_together(const BFloat16* x, const Linear& gate, const Linear& up, BFl
 // feed-forward layer, two weights of equal shape, and y becomes silu(gate) * up.
 enum Purpose { kReplace, kAdd, kGate };
 
-// As qwen3fast_tile_linear. y: (M, all N together), of gate and up (M, N).
+// As qwen3fast_tile_linear: weights of the same K, a multiple of 32, each N of 16. y: (M, all N together), of gate and up
+// (M, N).
 void tile_products(const BFloat16* x, const Linear* weights, int64_t count, BFloat16* y, int64_t M, Tiles tiles,
                    Purpose purpose, int64_t threads);
 

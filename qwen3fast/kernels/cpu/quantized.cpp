@@ -267,6 +267,8 @@ void qwen3fast_quantized_linear(const BFloat16* x, const Linear* weights, int64_
   const int64_t K = weights[0].K;
   int64_t width = 0;
   for (int64_t i = 0; i < count; i++) width += weights[i].N;
+  for (; M > kKeptRows; M -= kKeptRows, x += kKeptRows * K, y += kKeptRows * width)
+    qwen3fast_quantized_linear(x, weights, count, y, kKeptRows, threads);
   const bool is_plain = std::all_of(weights, weights + count, takes_bfloat16);
   static thread_local Activations kept(0, 0);  // fresh memory would cost a page fault per 4 KiB in each call
   Activations& quantized = kept;  // in other threads, `kept` would be theirs

@@ -52,7 +52,7 @@ class Tiles(IntEnum):
 
 
 class RowLimits(NamedTuple):
-    """The numbers of rows from which other forms of a product serve; where several would, the last of these does.
+    """The numbers of rows from which other forms of a product serve, each until the next; of equal ones, the last does.
 
     dequantized: PyTorch's product, with the dequantized weight where the weight is quantized.
     """
@@ -61,9 +61,14 @@ class RowLimits(NamedTuple):
     tiles: int = NEVER
     dequantized: int = NEVER
 
+    def form_at(self, rows: int) -> str | None:
+        """Return the form that multiplies so many rows, as the field is called; None for the C++ operation's own."""
+        begun = [(limit, index) for index, limit in enumerate(self) if limit <= rows]
+        return self._fields[max(begun)[1]] if begun else None
+
     def tiles_at(self, rows: int) -> Tiles:
         """Return the tiles that multiply so many rows, on a processor that has tiles."""
-        return Tiles.BFLOAT16 if rows >= self.tiles else Tiles.INT8 if rows >= self.int8_tiles else Tiles.NONE
+        return {"int8_tiles": Tiles.INT8, "tiles": Tiles.BFLOAT16}.get(self.form_at(rows) or "", Tiles.NONE)
 
 
 def has_int8_tiles(linear: Structure) -> bool:

@@ -2,12 +2,13 @@
 // both in int8.
 //
 // A product of tiles needs one side in rows, as it lies in memory, and the other in pairs of channels (of int8, in fours)
-// side by side. Both sides are put into tiles first, since rows of a tile that lie a power of two apart drive each other out
-// of the cache: x once per call, the weight 32 rows, a panel, at a time, in memory of the thread that stays in its cache.
+// side by side. Both sides are put into tiles first, where they do not lie so, since rows of a tile that lie a power of two
+// apart drive each other out of the cache: x once per call, the weight 32 rows, a panel, at a time, in memory of the thread
+// that stays in its cache.
 //   packed weights   a panel is dequantized into pairs. Levels of 8 bits, and numbers of fp8, are exact in bfloat16: scales of
 //                    rows come last.
-//   bfloat16         a panel's rows are copied, or unpacked (lossless.h); x is put into pairs, which it is cheaper to make
-//                    once, and results are transposed.
+//   bfloat16         a panel's rows are unpacked (lossless.h), or copied for kCopied passes over x and more; x is put into
+//                    pairs, which it is cheaper to make once, and results are transposed.
 //   int8             the weight is read where it lies: four channels of 16 rows side by side are a line of a tile.
 //   4 to 6 bits      the same after a panel has been quantized to int8.
 // No second copy of a weight is kept. Several panels meet the same rows of x before the next ones: the results are longer
@@ -163,29 +164,31 @@ struct Panel {
 
   // Where it lies, to be asked for before `tiles` reads it.
   Ahead lines() const {
-    const bool is_plain = weight->bits == 16;
-    const int64_t bytes = is_plain ? kTileRows * weight->K * int64_t{sizeof(BFloat16)} : weight_bytes(*weight, kLanes);
+    const int64_t bytes = weight_bytes(*weight, kLanes);
     return {static_cast<const char*>(weight->weight) + block * bytes, (blocks * bytes + 63) / 64};
   }
 };
 
 constexpr int64_t kPanels = 8;  // that are multiplied by the same rows of x, to write y in longer pieces
-constexpr int64_t kRow = kPanels * kTwo;  // numbers of a row of their results
+constexpr int64_t kResultStride = kPanels * kTwo;  // numbers from one row of their results to the next
+constexpr int64_t kCopied = 3;  // passes of 32 rows of x from which copying rows of bfloat16 pays
 constexpr int64_t kPanelBytes = 1 << 20;  // of their tiles, which stay in a core's cache
 
-// The functions below multiply up to 32 rows of x, from m0 on, by `count` panels. out: a row of kRow numbers for each.
+// The functions below multiply up to 32 rows of x, from m0 on, by `count` panels. out: a row of kResultStride numbers for
+// each, where each panel writes 32 columns, also if it has 16; the next panel's, which come later, replace the rest.
 
 void multiply_packed(const Panel* panels, const Tiled* tiled, int64_t count, const TiledInput& x, int64_t m0, Ahead* ahead,
                      BFloat16* out) {
   alignas(64) float sums[kTwo * kTwo];
-  for (int64_t p = 0; p < count; p++, out += kTwo) {
+  for (int64_t p = 0; p < count; p++) {
+    BFloat16* const to = out + panels[p].column - panels[0].column;
     const bool has_two = panels[p].blocks == 2, has_scales = has_last_scales(*panels[p].weight);
     multiply_sides<false>(x.M - m0 > kTileRows, has_two, tiles_of(x.rows.data(), m0 / kTileRows, x.bfloat16_bytes()),
                           tiled[p].side, x.K / kTileDepth, sums, kTwo, &ahead[p]);
     const Vec first = has_scales ? load(tiled[p].scale) : fill(1);
     const Vec second = has_scales && has_two ? load(tiled[p].scale + kLanes) : first;
     for (int64_t m = 0; m < std::min(x.M - m0, kTwo); m++)
-      store_two_in_order(out + m * kRow, load(sums + m * kTwo) * first, load(sums + m * kTwo + kLanes) * second);
+      store_two_in_order(to + m * kResultStride, load(sums + m * kTwo) * first, load(sums + m * kTwo + kLanes) * second);
   }
 }
 
@@ -194,7 +197,8 @@ void multiply_plain(const Panel* panels, const Tiled* tiled, int64_t count, cons
                     BFloat16* out) {
   alignas(64) float sums[kTwo * kTwo];
   const bool has_two = x.M - m0 > kTileRows;
-  for (int64_t p = 0; p < count; p++, out += kTwo) {
+  for (int64_t p = 0; p < count; p++) {
+    BFloat16* const to = out + panels[p].column - panels[0].column;
     multiply_sides<false>(panels[p].blocks == 2, has_two, tiled[p].side,
                           tiles_of(x.pairs.data(), m0 / kTileRows, x.bfloat16_bytes()), x.K / kTileDepth, sums, kTwo, &ahead[p]);
     for (int64_t first = 0; first < (has_two ? kTwo : kTileRows); first += kLanes) {
@@ -202,7 +206,7 @@ void multiply_plain(const Panel* panels, const Tiled* tiled, int64_t count, cons
       for (int64_t i = 0; i < kLanes; i++)
         square[i] = as_bfloat16(load(sums + 2 * i * kTwo + first), load(sums + (2 * i + 1) * kTwo + first));
       transpose(square);
-      for (int64_t m = 0; m < kLanes; m++) store_as_is(out + (first + m) * kRow, square[m]);
+      for (int64_t m = 0; m < kLanes; m++) store_as_is(to + (first + m) * kResultStride, square[m]);
     }
   }
 }
@@ -239,11 +243,13 @@ void multiply_int8(const Panel* panels, const Tiled* tiled, int64_t count, const
     if (number) add(number - 1);
   }
   add(x.spans * count - 1);
-  for (int64_t p = 0; p < count; p++, out += kTwo) {
+  for (int64_t p = 0; p < count; p++) {
+    BFloat16* const to = out + panels[p].column - panels[0].column;
     const Vec first = kHasSpans ? fill(1) : load(tiled[p].scale);
     const Vec second = !kHasSpans && panels[p].blocks == 2 ? load(tiled[p].scale + kLanes) : first;
     for (int64_t m = 0; m < rows; m++)
-      store_two_in_order(out + m * kRow, load(totals[p] + m * kTwo) * first, load(totals[p] + m * kTwo + kLanes) * second);
+      store_two_in_order(to + m * kResultStride, load(totals[p] + m * kTwo) * first,
+                         load(totals[p] + m * kTwo + kLanes) * second);
   }
 }
 
@@ -270,27 +276,30 @@ void tile_products(const BFloat16* x, const Linear* weights, int64_t count, BFlo
       panels[i % sides].push_back({weights + i, way, block, std::min<int64_t>(2, blocks - block), first + block * kLanes});
     width = first + weights[i].N;
   }
+  for (; M > kKeptRows; M -= kKeptRows, x += kKeptRows * K, y += kKeptRows * width)
+    tile_products(x, weights, count, y, kKeptRows, tiles, purpose, threads);
+  if (panels[0].empty()) return;
   static thread_local TiledInput kept;
   TiledInput& input = kept;  // the same one in all threads
   input.make(x, M, K, has[kPacked], has[kPlain], has[kInt8] || has[kInt8Again], threads);
   const int64_t total = panels[0].size(), passes = (M + kTwo - 1) / kTwo, panel_bytes = panels[0][0].bytes();
-  const int64_t most = std::clamp<int64_t>(std::min(kPanelBytes / (sides * panel_bytes), total / (4 * threads)), 1, kPanels);
-  parallel_for((total + most - 1) / most, 1, threads, [&](int64_t begin, int64_t end) {
+  const int64_t group = std::clamp<int64_t>(std::min(kPanelBytes / (sides * panel_bytes), total / (4 * threads)), 1, kPanels);
+  parallel_for((total + group - 1) / group, 1, threads, [&](int64_t begin, int64_t end) {
     const TileUse use;
     static thread_local Lines<uint8_t> room;  // fresh memory would cost a page fault per 4 KiB in each part
     static thread_local Lines<BFloat16> unpacked;
-    if (static_cast<int64_t>(room.size()) < sides * most * panel_bytes) room.resize(sides * most * panel_bytes);
-    alignas(64) BFloat16 results[2][kTwo * kRow];
-    const int64_t last = std::min(end * most, total);
-    for (int64_t i = begin * most; i < last; i += most) {
-      const int64_t number = std::min(most, last - i);
+    if (static_cast<int64_t>(room.size()) < sides * group * panel_bytes) room.resize(sides * group * panel_bytes);
+    alignas(64) BFloat16 results[2][kTwo * kResultStride];
+    const int64_t last = std::min(end * group, total);
+    for (int64_t i = begin * group; i < last; i += group) {
+      const int64_t number = std::min(group, last - i);
       const Panel& first_panel = panels[0][i];
       const Panel& last_panel = panels[0][i + number - 1];
       const int64_t columns = last_panel.column + last_panel.blocks * kLanes - first_panel.column;
       Tiled tiled[2][kPanels];
       for (int64_t s = 0; s < sides; s++)
         for (int64_t j = 0; j < number; j++)
-          tiled[s][j] = panels[s][i + j].tiles(&room[(s * most + j) * panel_bytes], unpacked, passes > 2);
+          tiled[s][j] = panels[s][i + j].tiles(&room[(s * group + j) * panel_bytes], unpacked, passes >= kCopied);
       for (int64_t pass = 0; pass < passes; pass++) {
         const int64_t m0 = pass * kTwo, rows = std::min(M - m0, kTwo);
         BFloat16* const to = y + m0 * width + first_panel.column;
@@ -298,19 +307,20 @@ void tile_products(const BFloat16* x, const Linear* weights, int64_t count, BFlo
           for (int64_t n = 0; n < columns; n += kTwo) __builtin_prefetch(to + m * width + n, 1);
         for (int64_t s = 0; s < sides; s++) {
           Ahead ahead[kPanels] = {};
-          for (int64_t j = 0; j < number && i + most + j < last; j++) {
-            const Panel& next = panels[s][i + most + j];
+          for (int64_t j = 0; j < number && i + group + j < last; j++) {
+            const Panel& next = panels[s][i + group + j];
             ahead[j] = part_of(next.lines(), pass, passes, K / (next.way < kInt8 ? kTileDepth : kTileBytes));
           }
           for (int64_t j = 0, same; j < number; j += same) {  // as many as are multiplied in the same way
             const Way way = panels[s][i + j].way;
             for (same = 1; j + same < number && panels[s][i + j + same].way == way;) same++;
-            kMultiply[way](&panels[s][i + j], tiled[s] + j, same, input, m0, ahead + j, results[s] + j * kTwo);
+            kMultiply[way](&panels[s][i + j], tiled[s] + j, same, input, m0, ahead + j,
+                           results[s] + panels[s][i + j].column - first_panel.column);
           }
         }
         for (int64_t m = 0; m < rows; m++) {
-          BFloat16* const from = results[0] + m * kRow;
-          if (purpose == kGate) gate_values(from, results[1] + m * kRow, columns, from);
+          BFloat16* const from = results[0] + m * kResultStride;
+          if (purpose == kGate) gate_values(from, results[1] + m * kResultStride, columns, from);
           for (int64_t n = 0; n < columns; n += kLanes)
             if (purpose == kAdd)
               store(to + m * width + n, load(to + m * width + n) + load(from + n));

@@ -1,7 +1,7 @@
 """Products of many rows by tiles (tiles.cpp), for processors with AMX; elsewhere the same code is plain C++, and slow.
 
 A system may withhold tiles that its processor has, and on some the first tile instruction ends the program: they are
-tried when the operations are loaded, in a child process. They are among the forms that are measured (kernels/cases.py):
+tried when the operations are loaded, in a child process. They are among the forms that are measured:
 of products, in bfloat16 and, for weights in 4 to 8 bits, in int8; of prefill attention; and of decode steps with
 weights in bfloat16. Those in bfloat16 are the first form, except of experts, and of decode steps of few rows.
 """
@@ -18,21 +18,25 @@ from qwen3fast.kernels.cpu.levels import processor_features
 from qwen3fast.kernels.cpu.library import functions, usable_levels
 from qwen3fast.kernels.cpu.structures import LANES, LinearPointers, Tiles, require
 
-_are_usable = False
+_are_usable = _are_refused = False
 
 
 def try_tiles() -> None:
     """Try tiles where they are announced; they are used from now on if they work."""
-    global _are_usable
+    global _are_usable, _are_refused
     if are_announced():
         _are_usable = functions().qwen3fast_try_tiles()
+        _are_refused = not _are_usable
 
 
 def are_announced() -> bool:
     """Return whether the processor lists tiles of bfloat16 and int8 among its features, and no other level is pinned.
 
+    False also once they were tried without success.
     Raises: ValueError as `usable_levels`.
     """
+    if _are_refused:
+        return False
     levels = usable_levels()  # none: what is built for this processor
     is_level = not levels or levels[0].name == "amx"
     return is_level and {"amx_tile", "amx_bf16", "amx_int8"} <= set(processor_features().split())
