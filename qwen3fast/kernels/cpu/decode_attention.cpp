@@ -18,8 +18,7 @@
 
 namespace {
 
-// Positions between two updates of the running maximum, and as many are asked for ahead: keys and values of both blocks, in
-// bfloat16 with 128 channels, take 32 KiB of level 1.
+// Positions between two updates of the running maximum, and as many are asked for ahead.
 constexpr int64_t kBlock = 32;
 // Query heads that share the loads of a key, and of a value. kSums: vectors of sums that fit the registers.
 #ifdef __AVX512F__
@@ -67,7 +66,7 @@ FORCE_INLINE Bits pairs_of(const int8_t* p) {
 // Asks memory for a line of numbers.
 template <typename T>
 constexpr int64_t kLine = 64 / sizeof(T);
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, kIntoL1); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, kIntoL2); }
 
 // score[h][t] = the product of query h with key t, for kHeads queries and `count` keys, padded to sixteen by the last one.
 // Keys are read in the order of memory: with several at a time, one core reads at two thirds of the speed. `ahead`: the
