@@ -165,11 +165,12 @@ class CalibratedLoader:
     def _calibrate(self) -> tuple[Qwen3, int]:
         """Return the quantized model and the number of tokens that it was calibrated on, 0 if it could not be."""
         plain = replace(self.loader, quantization=None, output_projection=True)
-        model, tokenizer, device = plain.load(self.source), None, self.loader.device
+        model, tokenizer, device = None, None, self.loader.device
         try:
-            size, free = model.num_bytes(), free_bytes(device)
-            if not self.calibrate and device.type == "cpu" and free is not None and free < size:
+            size, free = self._num_bytes(is_plain=True), free_bytes(device)
+            if not self.calibrate and free is not None and free < size:
                 raise MemoryError(f"it reads {size / 1e9:.1f} GB of weights many times; {free / 1e9:.1f} GB are free")
+            model = plain.load(self.source)
             with suppress(FileNotFoundError):  # without one, no text begins as a conversation
                 tokenizer = read_tokenizer(self.source)
             token_BT = own_text(model, tokenizer, TOKENS, progress=True)
@@ -182,9 +183,11 @@ class CalibratedLoader:
         del model  # parts of it may be quantized already
         return self.loader.load(self.source), 0
 
-    def _num_bytes(self) -> int:
-        """Return the size of the copy."""
+    def _num_bytes(self, is_plain: bool = False) -> int:
+        """Return the size of the copy, or of the plain weights."""
         config = read_checkpoint_config(self.source).model
-        model = build_on_meta(config)
-        quantize_model(model, self.quantization, choose_dtype(self.loader.dtype, config))
+        model, dtype = build_on_meta(config), choose_dtype(self.loader.dtype, config)
+        if is_plain:
+            return sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
+        quantize_model(model, self.quantization, dtype)
         return model.num_bytes()

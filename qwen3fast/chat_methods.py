@@ -9,6 +9,7 @@ from typing import Any
 from qwen3fast.checks import checked_flag, checked_text
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams, takes_params
+from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.prompt import Overflow, fitting_text
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.reasoning import BEGIN_REASONING
@@ -24,6 +25,7 @@ class ChatMethods:
     max_seq_len: int
     generate: Callable[..., Any]
     stream: Callable[..., Iterator[StreamChunk]]
+    _builder: RequestBuilder
 
     _has_warned_greedy_reasoning = False
 
@@ -40,11 +42,14 @@ class ChatMethods:
     ) -> GenerationResult:
         """Generate the reply to a conversation, with the chat template.
 
+        enable_thinking: for the chat template; reasoning that one opens all the same is closed at once.
         tools: JSON schemas, or Python functions. continue_final_message: go on with the last message, which holds the
         beginning of the reply, as in `Tokenizer.apply_chat_template`; the result holds only what was added.
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message, on_overflow)
+        if not enable_thinking and not continue_final_message:
+            params = self._builder.without_reasoning(params or SamplingParams(), prompt)
         reply: GenerationResult = self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
         return reply
 
@@ -64,6 +69,8 @@ class ChatMethods:
         Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message, on_overflow)
+        if not enable_thinking and not continue_final_message:
+            params = self._builder.without_reasoning(params or SamplingParams(), prompt)
         return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def render(

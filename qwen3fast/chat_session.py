@@ -80,6 +80,8 @@ class ChatSession:
         message: Message = {"role": "user", "content": content} if isinstance(content, str) else content
         prompt = self._prompt(message, params, on_overflow)
         builder = self._generator._builder
+        if not self._enable_thinking:
+            params = builder.without_reasoning(params or SamplingParams(), prompt)
         return self._turn(message, prompt, builder.build_one(prompt, params, on_overflow, self._last, self._tools))
 
     def reset(self) -> None:

@@ -144,7 +144,7 @@ class Generator(ChatMethods, AdapterMethods):
         use_threads(checked.threads)  # before loading, which quantizes
         loaded = on_live_threads(
             load, source, device, dtype, quantization, revision, progress, adapter, calibrate, check_weights,
-            tensor_parallel,
+            tensor_parallel, checked.check_model,
         )  # fmt: skip
         return cls(**loaded._asdict(), **vars(checked))
 
@@ -198,7 +198,8 @@ class Generator(ChatMethods, AdapterMethods):
                 Qwen3-Coder writes the arguments of a call without their types, which come from here.
 
         Returns: one result for one prompt, otherwise a list in the order of the prompts. A prompt gets the same reply
-        in a batch as alone. With n > 1, a result is the first of its `samples`; with a seed, sample i uses seed + i.
+        in a batch as alone, except by rounding. With n > 1, a result is the first of its `samples`; with a seed, sample
+        i uses seed + i.
         Raises: ValueError for bad prompts or parameters, before anything runs; FloatingPointError for NaN logits;
         ImportError for structured output without its package; RuntimeError after `close`, in the Generator's own
         thread, or in a process forked after its first use.

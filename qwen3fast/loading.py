@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +12,13 @@ from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.hf_config import as_id_tuple
 from qwen3fast.checkpoint.loaders import Loader
-from qwen3fast.checkpoint.metadata import find_tokenizer, read_generation_config
+from qwen3fast.checkpoint.metadata import find_tokenizer, read_checkpoint_config, read_generation_config
+from qwen3fast.checkpoint.random_weights import parse_random
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.checks import checked_flag, checked_source
 from qwen3fast.engine.own_cores import keep_to_own_cores
 from qwen3fast.model import Qwen3
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks
 from qwen3fast.quantization.convert import DEQUANTIZE, prepare_quantization
 from qwen3fast.sampling_params import SamplingParams, takes_params
@@ -110,8 +113,12 @@ def load(
     calibrate: bool | None,
     check_weights: bool,
     tensor_parallel: bool,
+    check: Callable[[ModelConfig], None],
 ) -> Loaded:
-    """Load a checkpoint for a Generator; see `Generator.from_pretrained` for arguments and errors."""
+    """Load a checkpoint for a Generator; see `Generator.from_pretrained` for arguments and errors.
+
+    check: called with the model's sizes before any weights are read.
+    """
     checked_source(source, quantization, revision, adapter, check_weights)
     checked_flag("progress", progress)
     ranks, kind = None, choose_device(device).type
@@ -122,8 +129,11 @@ def load(
     tokenizer, generation_config, folder = None, None, None
     if not str(source).startswith("random:"):
         folder = resolve_source(source, revision)
+        check(read_checkpoint_config(folder).model)
         tokenizer = find_tokenizer(folder)
         generation_config = checked_preset(read_generation_config(folder), folder)
+    else:
+        check(parse_random(str(source))[0])
     model = load_model(
         source if folder is None else folder, device, dtype, None, progress, quantization,
         adapter=adapter, check_weights=check_weights, ranks=ranks, calibrate=calibrate,

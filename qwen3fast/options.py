@@ -123,10 +123,12 @@ class GeneratorOptions:
     def check_model(self, config: ModelConfig) -> None:
         """Check the options that depend on the model. Raises: ValueError for a max_seq_len beyond its positions."""
         if self.max_seq_len > config.longest_context:
-            stretched = " (stretched by YaRN)" if config.longest_context > config.max_position_embeddings else ""
+            is_stretched = config.longest_context > config.max_position_embeddings
+            stretched = " (stretched by YaRN)" if is_stretched else ""
+            advice = "" if is_stretched else "; for longer contexts, YaRN is set in config.json, see the model's card"
             raise ValueError(
                 f"max_seq_len {self.max_seq_len} exceeds the model's max_position_embeddings "
-                f"{config.longest_context}{stretched}; choose at most that"
+                f"{config.longest_context}{stretched}; choose at most that{advice}"
             )
 
     def _set(self, name: str, value: Any) -> None:

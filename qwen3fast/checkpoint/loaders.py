@@ -30,6 +30,7 @@ from qwen3fast.quantization.convert import (
     formats_of,
     get_format,
     prepare_quantization,
+    quantize_assigned,
     quantize_experts,
     quantize_model,
 )
@@ -82,7 +83,7 @@ class Loader:
         self._refuse_dequantizing(None)
         check_lossless(self.quantization, self.dtype, config)
         split, dtype = self._split(config), choose_dtype(self.dtype, config)
-        model = random_model(config, self.device, dtype, seed, self._on_assigned, split)
+        model = random_model(config, self.device, dtype, seed, self._on_assigned(), split)
         self._leave_out_projection(model)
         return model, split
 
@@ -107,7 +108,8 @@ class Loader:
             use_stored_formats(model, folder)
             for name in formats_of(model):
                 prepare_quantization(name, self.device, folder)
-        how = (format, self._on_assigned, self.check_weights, split, stored.prequantized)
+        on_assigned = self._on_assigned(is_quantized=stored.quantization is not None)
+        how = (format, on_assigned, self.check_weights, split, stored.prequantized)
         load_weights(model, folder, FillOptions(self.device, dtype, *how), self.progress)
         return model, split
 
@@ -132,12 +134,16 @@ class Loader:
         load_gguf_weights(model, header, formats, self.device, dtype, self.progress, self.check_weights)
         return model
 
-    @property
-    def _on_assigned(self) -> OnAssigned | None:
-        """Quantize a layer's experts as soon as they are loaded: only one layer's are in memory unquantized."""
+    def _on_assigned(self, is_quantized: bool = False) -> OnAssigned | None:
+        """Quantize each layer as soon as it is loaded: only one is in memory unquantized, which devices may not hold.
+
+        Linear layers wait for an adapter, which is merged into plain weights. is_quantized: what is plain in the
+        checkpoint is to stay so.
+        """
         if (format := self.quantization) in (None, DEQUANTIZE):
             return None
-        return lambda model, parameter: quantize_experts(model, str(format), parameter.rpartition(".")[0])
+        quantize = quantize_experts if self.adapter is not None or is_quantized else quantize_assigned
+        return lambda model, parameter: quantize(model, str(format), parameter.rpartition(".")[0])
 
     def _untied_if_stored_so(self, config: ModelConfig, folder: Path) -> ModelConfig:
         if not (config.tie_word_embeddings and self.output_projection and has_other_head(folder)):

@@ -102,10 +102,25 @@ def prepare_quantization(name: str, device: torch.device, folder: Path | None = 
         )
 
 
+def quantize_assigned(model: Qwen3, name: str | Format, module_name: str) -> None:
+    """Replace a linear layer or experts with all of their weights by quantized ones, unless they are to stay plain.
+
+    Loaders call it for each module that was assigned a weight: only one layer is then in memory unquantized.
+    Raises: ValueError for an unknown format.
+    """
+    module = model.get_submodule(module_name)
+    format = name if isinstance(name, Format) else get_format(name)
+    if not isinstance(module, nn.Linear):
+        return quantize_experts(model, format, module_name)
+    is_router = isinstance(model.get_submodule(module_name.rpartition(".")[0]), MoE)
+    is_whole = not any(parameter.is_meta for parameter in module.parameters())
+    if is_whole and not is_router and format.fits(*module.weight.shape):
+        model.set_submodule(module_name, _quantized(module.weight, format, module.bias))
+
+
 def quantize_experts(model: Qwen3, name: str | Format, module_name: str) -> None:
     """Replace a module by quantized experts, if it is `Experts` with all of their weights and can be packed.
 
-    Loaders call it for each module that was assigned a weight: only one layer's experts are then in memory unquantized.
     Raises: ValueError for an unknown format.
     """
     experts = model.get_submodule(module_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
@@ -140,6 +141,15 @@ class RequestBuilder:
         found = self._adapters.find(adapter) if adapter is not None else None
         request = Request(ids + continuation_ids, wanted_logprobs=WantedLogprobs(len(ids), 1), adapter=found)
         return RequestHandle(request, TextStream(None), self._worker)
+
+    def without_reasoning(self, params: SamplingParams, prompt_ids: list[int]) -> SamplingParams:
+        """Return parameters that close at once a reasoning that a chat template opens whatever it was asked for.
+
+        The same ones for a prompt that opens none, and with a `thinking_budget`.
+        """
+        if params.thinking_budget is not None or not self._reasoning.tracker_after(prompt_ids).is_open:
+            return params
+        return replace(params, thinking_budget=0)
 
     def _constraint_maker(
         self, p: SamplingParams, ids: list[int], tracker: ReasoningTracker

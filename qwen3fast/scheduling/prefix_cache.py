@@ -17,6 +17,8 @@ from qwen3fast.engine.parts import CHUNK_SIZES
 from qwen3fast.engine.prefill import usable_prefix
 from qwen3fast.scheduling.request import Adapter, Request
 
+MAX_HEADER = 64  # tokens that a chat template writes between the last turn and the reply
+
 
 @dataclass
 class CachedPrefix:
@@ -24,6 +26,7 @@ class CachedPrefix:
 
     tokens: whose keys and values it holds, from position 0.
     prompt_ids, logits_1V: the prompt of its last request and the logits after it, if the slot holds the whole prompt.
+    turn_end: the number of tokens up to the end of the prompt's last turn, which a stop id ends; 0 without one.
     owner: its last request. used_at: a count of requests.
     unproven: number of tokens whose keys and values may be NaN: no valid token was computed from them.
     """
@@ -31,6 +34,7 @@ class CachedPrefix:
     tokens: list[int] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     logits_1V: Tensor | None = None
+    turn_end: int = 0
     owner: Request | None = None
     used_at: int = 0
     unproven: int = 0
@@ -76,7 +80,8 @@ class PrefixCache:
         """Return a free slot for a prompt: the lowest one.
 
         Of the free slots' contents, the least recently used are evicted. Contents that the prompt continues
-        (`continues`), or contains completely, are taken over instead of copied.
+        (`continues`), or contains completely, are taken over instead of copied; so are those of which it contains the
+        last turn, and more: templates write an earlier reply otherwise than it was generated, without its reasoning.
         most_reused: tokens of the prompt that may be reused; None for all.
         adapter: of the prompt; None for the base model.
         """
@@ -88,7 +93,8 @@ class PrefixCache:
         evicted = min(free, key=lambda slot: (bool(self._slots[slot].tokens), self._slots[slot].used_at))
         if reused and source in free:
             cached = self._slots[source]
-            if reused == len(cached.tokens) or (continues is not None and cached.owner is continues):
+            is_next_turn = 0 < cached.turn_end < reused + self._multiple and len(prompt_ids) > len(cached.prompt_ids)
+            if reused == len(cached.tokens) or is_next_turn or (continues is not None and cached.owner is continues):
                 evicted = source
         return Plan(free[0], evicted, source, reused, logits_1V)
 
@@ -144,7 +150,10 @@ class PrefixCache:
         is_whole = len(tokens) >= len(request.prompt_ids)
         logits_1V = request.prompt_logits_1V if is_whole else None
         unproven = len(request.cached_ids) if not request.proven_ids and request.error is None else 0
-        self._slots[slot] = CachedPrefix(tokens, request.prompt_ids, logits_1V, request, self._clock, unproven)
+        turn_end = _turn_end(request)
+        self._slots[slot] = CachedPrefix(
+            tokens, request.prompt_ids, logits_1V, turn_end, request, self._clock, unproven
+        )
         request.prompt_logits_1V = request.prefill = request.continues = None  # free memory early
 
     def take(self, slot: int) -> int:
@@ -159,6 +168,12 @@ class PrefixCache:
     def forget_all(self) -> None:
         """Forget the contents of all slots."""
         self._slots = [CachedPrefix() for _ in self._slots]
+
+
+def _turn_end(request: Request) -> int:
+    ids = request.prompt_ids
+    ends = (n for n in range(len(ids), max(0, len(ids) - MAX_HEADER), -1) if ids[n - 1] in request.stop_ids)
+    return next(ends, 0)
 
 
 def common_prefix(ids: list[int], others: list[int]) -> int:

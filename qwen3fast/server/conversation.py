@@ -38,8 +38,11 @@ class Conversation(ReplyRequest):
 
     def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
         """Return prompt and parameters of each reply. Raises: ValueError for invalid messages."""
-        prompt = self.render()
-        return [(prompt, params) for params in self.sampling.each()]
+        prompt, replies = self.render(), self.sampling.each()
+        if self.sampling.enable_thinking is False and not self.continues:
+            builder = generator_of(self.served)._builder
+            replies = [builder.without_reasoning(params, prompt) for params in replies]
+        return [(prompt, params) for params in replies]
 
     def render(self, **limit: Any) -> list[int]:
         """Return the prompt. limit: on_overflow and max_seq_len, as in `Generator.render`. Raises: as `jobs`."""

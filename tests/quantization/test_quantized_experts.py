@@ -24,7 +24,7 @@ from qwen3fast.kernels import cpu
 from qwen3fast.model import MoE
 from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.moe import Experts
-from qwen3fast.quantization.convert import formats_of, quantize_experts, quantize_model
+from qwen3fast.quantization.convert import formats_of, quantize_assigned, quantize_model
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.formats import FORMATS, LANES, Packed
 from qwen3fast.quantization.layers import QuantizedLinear
@@ -317,11 +317,36 @@ def watch_experts(monkeypatch) -> list[int]:
 
     def watched(model, *names):
         count(model)
-        quantize_experts(model, *names)
+        quantize_assigned(model, *names)
         count(model)
 
-    monkeypatch.setattr("qwen3fast.checkpoint.loaders.quantize_experts", watched)
+    monkeypatch.setattr("qwen3fast.checkpoint.loaders.quantize_assigned", watched)
     return whole
+
+
+@pytest.mark.parametrize("source", ["folder", "random"])
+def test_linear_layers_are_quantized_while_loading(source, tmp_path, monkeypatch):
+    """Devices need not hold the plain weights; the embedding comes last."""
+    plain, real = [], quantize_assigned
+
+    def watched(model, *names):
+        linears = (module for module in model.model.modules() if isinstance(module, nn.Linear))
+        plain.append(sum(not linear.weight.is_meta for linear in linears))
+        real(model, *names)
+
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": False}
+    config = small_config(num_hidden_layers=3, **sizes)
+    monkeypatch.setattr(ModelConfig, "named", lambda name: config)
+    monkeypatch.setattr("qwen3fast.checkpoint.loaders.quantize_assigned", watched)
+    if source == "folder":
+        expected = randomized(config)
+        write_checkpoint(tmp_path, config, tensors_of(expected))
+    else:
+        expected = random_model(config, torch.device("cpu"), torch.float32)
+    quantize_model(expected, "int4", torch.float32)
+    model = load_model(tmp_path if source == "folder" else "random:small", device="cpu", quantization="int4")
+    assert_same_parameters(model, expected)
+    assert max(plain) == 1
 
 
 def test_random_experts_are_quantized_layer_by_layer(monkeypatch):

@@ -127,6 +127,42 @@ def test_what_another_request_holds_is_copied_though_the_prompt_goes_on_from_som
     assert (plan.evicted, plan.source) == (2, 1)
 
 
+STOP = 99
+HEADER = [50, 51, 52, 53]  # of a reply; the last two are left out when the conversation goes on, as reasoning is
+
+
+def conversation(first, turns):
+    """The prompt after so many turns of a conversation, whose replies are [7, 8, 9]."""
+    questions = [[first, 10 + turn, STOP] for turn in range(turns)]
+    return [token for question in questions for token in (*question, *HEADER[:2], 7, 8, 9, STOP)][:-6] + HEADER
+
+
+def test_the_next_turn_of_a_conversation_takes_over_its_slot_and_leaves_the_others_alone():
+    kept = PrefixCache(4, POSITIONS)
+    for turn in (1, 2, 3, 4):
+        for first in (100, 200, 300, 400) if turn == 1 else (400,):
+            prompt = conversation(first, turn)
+            plan = kept.plan(prompt, {})
+            kept.swap(plan.slot, plan.evicted)
+            assert plan.reused == (0 if turn == 1 else len(conversation(first, turn - 1)) - 2)
+            kept.keep(plan.slot, replace(ended(prompt), stop_ids=frozenset([STOP])))
+    for first in (100, 200, 300):
+        assert kept.plan(conversation(first, 2), {}).reused == len(conversation(first, 1)) - 2
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [1, 2, STOP, 4, 5, STOP, 50],  # another question
+        [1, 2, STOP, 3, STOP, 50, 51],  # the same prompt, for another reply
+    ],
+)
+def test_what_is_not_the_next_turn_leaves_a_conversation_s_slot_alone(prompt):
+    earlier = replace(ended([1, 2, STOP, 3, STOP, 50, 51]), stop_ids=frozenset([STOP]))
+    plan = cache_of(earlier, None).plan(prompt, {})
+    assert plan.evicted == 1
+
+
 def test_a_slot_in_use_is_copied_though_nothing_would_be_lost():
     running = make_request(B, [7, 8, 9])
     plan = cache_of(None, None).plan([*B, 7, 8, 9, 10], {0: running}, continues=running)

@@ -43,6 +43,30 @@ def client(address):  # noqa: F811
 
 
 @pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/chat/completions", {"reasoning_effort": "none"}),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"enable_thinking": False}}),
+        ("/v1/messages", {"max_tokens": 20}),
+    ],
+)
+def test_reasoning_that_the_template_opens_all_the_same_is_closed_at_once(
+    path,
+    more,
+    client,
+    tiny_generator,  # noqa: F811
+    monkeypatch,
+):
+    opens = "{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n<|im_start|>assistant\n<think>\n' }}"
+    monkeypatch.setattr(tiny_generator.tokenizer, "chat_template", opens)
+    chat = {"model": "tiny", "messages": CHAT["messages"], "temperature": 0, "max_tokens": 20, **more}
+    reply = client.post(path, json=chat).json()
+    text = reply["content"][0]["text"] if "content" in reply else reply["choices"][0]["message"]["content"]
+    assert text and not (reply.get("choices") or [{"message": {}}])[0]["message"].get("reasoning_content")
+    assert all(block["type"] == "text" for block in reply.get("content", []))
+
+
+@pytest.mark.parametrize(
     ("path", "more", "ignored"),
     [
         ("/v1/chat/completions", {"messages": [{**CHAT["messages"][0], "foo": 1}]}, "messages[0].foo"),

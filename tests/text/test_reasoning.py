@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3fast import Generator, SamplingParams
+from qwen3fast import ChatSession, Generator, SamplingParams
 from qwen3fast.text.reasoning import ReasoningFormat
 from qwen3fast.text.tokenizer import Tokenizer
 
@@ -69,6 +69,24 @@ def test_a_template_that_opens_the_reasoning_opens_it_for_every_reply(tokenizer,
     tokenizer.chat_template = source.replace("<|im_start|>assistant\\n' }}", "<|im_start|>assistant\\n<think>\\n' }}")
     assert tokenizer.apply_chat_template(QUESTION).endswith("<think>\n")
     assert ReasoningFormat(tokenizer).tracker_after(tokenizer.encode(USER + ASSISTANT + begun)).is_open == is_open
+
+
+@pytest.mark.parametrize("way", ["chat", "stream_chat", "session"])
+def test_reasoning_that_a_template_opens_whatever_it_is_asked_for_is_closed_at_once(way, generator, monkeypatch):
+    tokenizer = generator.tokenizer
+    source = tokenizer.chat_template.replace("<|im_start|>assistant\\n' }}", "<|im_start|>assistant\\n<think>\\n' }}")
+    monkeypatch.setattr(tokenizer, "chat_template", source.replace("enable_thinking is false", "false"))
+    monkeypatch.setattr(generator, "_has_warned_greedy_reasoning", True)
+    params = SamplingParams(temperature=0, max_tokens=60)
+    if way == "session":
+        reply = ChatSession(generator, enable_thinking=False).send(QUESTION[0]["content"], params)
+    elif way == "chat":
+        reply = generator.chat(QUESTION, params, enable_thinking=False)
+    else:
+        *_, last = generator.stream_chat(QUESTION, params, enable_thinking=False)
+        reply = last.result
+    assert reply.reasoning == "" and reply.answer.strip()
+    assert generator.chat(QUESTION, params).reasoning
 
 
 def test_a_reply_continued_anywhere_tells_reasoning_from_answer_as_the_whole_one(generator, whole):
