@@ -102,15 +102,15 @@ def targets_table(folder: Path) -> str:
 def sides_table(folder: Path) -> str:
     """Return our speed beside the best other engine's, side by side for the processors whose level was not pinned.
 
-    Below: how often ours is higher and lower, over all shapes of these records, and where they were measured.
+    Below: how often ours is higher and lower, at all lengths that were measured there, and the table's machines.
     """
     sides, where, verdicts = {}, [], dict[str, int]()
     for name, records in targets.load_all(folder).items():
         peers = [r for r in records if (r.suite, r.model_name) == ("peers", targets.MODEL)]
-        peers = [r for r in peers if any(targets.beside(r, shape) for shape in targets.FRONT)]
-        if peers and "cpu_level" not in peers[0].environment:
+        shown = [r for r in peers if any(targets.beside(r, shape) for shape in targets.FRONT)]
+        if shown and "cpu_level" not in shown[0].environment:
             sides[name] = targets.all_beside(peers)
-            where.append(f"{name}: {where_measured(peers[0])}.")
+            where.append(f"{name}: {where_measured(shown[0])}.")
             verdicts |= {f"{targets.shape_name(shape)}, {name}": b.verdict for shape, b in sides[name].items()}
     slower, level = ([case for case, verdict in verdicts.items() if verdict == sought] for sought in (-1, 0))
     wins = len(verdicts) - len(slower) - len(level)
