@@ -129,9 +129,9 @@ def load(
     tokenizer, generation_config, folder = None, None, None
     if not str(source).startswith("random:"):
         folder = resolve_source(source, revision)
-        check(read_checkpoint_config(folder).model)
         tokenizer = find_tokenizer(folder)
         generation_config = checked_preset(read_generation_config(folder), folder)
+        check(read_checkpoint_config(folder).model)
     else:
         check(parse_random(str(source))[0])
     model = load_model(

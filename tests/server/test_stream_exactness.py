@@ -72,7 +72,7 @@ class ScriptedGenerator(Generator):
     adapters: list[str] = []  # noqa: RUF012  none, and no registry of them
 
     def __init__(self, real: Generator) -> None:
-        self.options = real.options
+        self.options, self._builder = real.options, real._builder
         self.tokenizer, self.max_seq_len, self._real = real.tokenizer, real.max_seq_len, real
         self.tokens: list[int] = []
         self.sizes: list[int] = [1]
