@@ -6,7 +6,6 @@ was measured in between.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -48,8 +47,6 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.kv_cache import StaticKVCache
 from qwen3fast.quantization.experts import QuantizedExperts
 from qwen3fast.quantization.layers import QuantizedLinear
-
-logger = logging.getLogger(__name__)
 
 LINEAR_WORK = "linear "  # and the format of its weights
 BLOCKS = "block by block"  # instead of all in one operation in C++

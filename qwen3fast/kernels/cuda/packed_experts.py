@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.structures import LANES
 from qwen3fast.kernels.cuda.decode_step.launch import current
-from qwen3fast.kernels.cuda.decode_step.weights import LANES, Weight
+from qwen3fast.kernels.cuda.decode_step.weights import Weight
 from qwen3fast.kernels.cuda.packed_matvec import (
     block_scale,
     block_words,

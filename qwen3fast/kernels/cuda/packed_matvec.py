@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3fast.kernels.cpu.structures import LANES
 from qwen3fast.kernels.cuda.decode_step.launch import current
 from qwen3fast.kernels.cuda.decode_step.weights import (
     FP8_BLOCK,
-    LANES,
     Weight,
     nan_of_words,
     record_bytes,

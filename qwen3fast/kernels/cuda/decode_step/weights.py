@@ -21,15 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3fast.kernels.cpu.structures import SHORT_RECORD, SHORT_SPAN, span_and_record
+from qwen3fast.kernels.cpu.structures import LANES, SHORT_RECORD, SHORT_SPAN, ZERO_RECORD, span_and_record
 
-LANES = 16  # rows in a block of packed weights, as in quantization/formats.py
-GROUP = 32  # channels that share a scale in 4 bits
 # How a weight is stored: kinds below INT4 have 8 bits or more. FP8_BLOCK has a scale per 16 rows and 128 channels.
 # Kinds of uint4 hold its layout of scales as well: 8 * span + 5 with minimums, + 6 with zero points, + 7 with minimums
 # whose numbers have 6 bits; each layout has kernels of its own.
 PLAIN, INT8, FP8, FP8_BLOCK, INT4, UINT4 = 0, 1, 2, 3, 4, 5
-ZERO_RECORD = 3 * LANES
 # Weights in a tile: enough bytes are underway, with the tiles of a loop that are loaded ahead, and no kernel spills.
 TILE = 8192
 PROGRAMS = 132  # at least, if smaller tiles give as many: one per multiprocessor of an H100
