@@ -42,7 +42,7 @@ class ChatMethods:
     ) -> GenerationResult:
         """Generate the reply to a conversation, with the chat template.
 
-        enable_thinking: for the chat template; reasoning that one opens all the same is closed at once.
+        enable_thinking: passed to the chat template; False also closes the reasoning if the template opens it.
         tools: JSON schemas, or Python functions. continue_final_message: go on with the last message, which holds the
         beginning of the reply, as in `Tokenizer.apply_chat_template`; the result holds only what was added.
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.

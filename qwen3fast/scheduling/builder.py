@@ -143,9 +143,10 @@ class RequestBuilder:
         return RequestHandle(request, TextStream(None), self._worker)
 
     def without_reasoning(self, params: SamplingParams, prompt_ids: list[int]) -> SamplingParams:
-        """Return parameters that close at once a reasoning that a chat template opens whatever it was asked for.
+        """Return the parameters with `thinking_budget` 0 if a prompt ends inside reasoning, to close it at once.
 
-        The same ones for a prompt that opens none, and with a `thinking_budget`.
+        Some chat templates open the reasoning even with enable_thinking=False. A budget that is set is kept.
+        prompt_ids: the rendered conversation.
         """
         if params.thinking_budget is not None or not self._reasoning.tracker_after(prompt_ids).is_open:
             return params

@@ -79,9 +79,9 @@ class PrefixCache:
     ) -> Plan:
         """Return a free slot for a prompt: the lowest one.
 
-        Of the free slots' contents, the least recently used are evicted. Contents that the prompt continues
-        (`continues`), or contains completely, are taken over instead of copied; so are those of which it contains the
-        last turn, and more: templates write an earlier reply otherwise than it was generated, without its reasoning.
+        Of the free slots' contents, the least recently used are evicted. Contents are taken over instead of copied if
+        the prompt continues them (`continues`), contains them completely, or contains their last turn and more: chat
+        templates write an earlier reply without its reasoning, and the rest of the slot is of no further use.
         most_reused: tokens of the prompt that may be reused; None for all.
         adapter: of the prompt; None for the base model.
         """

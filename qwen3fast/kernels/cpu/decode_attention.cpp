@@ -4,6 +4,10 @@
 // Sums are in float32; over an int8 cache, products of a query and a key are summed in integers, exactly: the query has 16
 // bits there. Softmax runs online, block by block. The plain PyTorch form is in kernels/attention.py.
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -66,7 +70,27 @@ FORCE_INLINE Bits pairs_of(const int8_t* p) {
 // Asks memory for a line of numbers.
 template <typename T>
 constexpr int64_t kLine = 64 / sizeof(T);
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, kIntoL2); }
+
+// Returns whether this is a processor of AMD's family 25. On its Zen 4, prefetching into level 2 takes 0.63 to 0.85 of the
+// time of level 1; on Zen 5, family 26, level 1 was faster (c7c3efb1).
+bool is_family_25() {
+#if defined(__x86_64__)
+  unsigned a = 0, vendor = 0, c = 0, d = 0, family = 0, unused = 0;
+  return __get_cpuid(0, &a, &vendor, &c, &d) && vendor == signature_AMD_ebx && __get_cpuid(1, &family, &unused, &c, &d) &&
+         (family >> 8 & 15) + (family >> 20 & 255) == 25;
+#else
+  return false;
+#endif
+}
+
+const bool kReadsThroughLevel2 = is_family_25();
+
+inline void prefetch(const void* p) {
+  if (kReadsThroughLevel2)
+    __builtin_prefetch(p, 0, kIntoL2);
+  else
+    __builtin_prefetch(p, 0, kIntoL1);
+}
 
 // score[h][t] = the product of query h with key t, for kHeads queries and `count` keys, padded to sixteen by the last one.
 // Keys are read in the order of memory: with several at a time, one core reads at two thirds of the speed. `ahead`: the

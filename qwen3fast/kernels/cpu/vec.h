@@ -668,8 +668,8 @@ FORCE_INLINE Vec exp_of_negative(Vec x) {
 FORCE_INLINE Ints round_to_ints(Vec x) { return convert<Ints>(x + 12582912.f - 12582912.f); }
 
 // The cache level to prefetch to. Level 1 allows few reads at a time, which costs nothing where much is computed per line:
-// with 4 to 6 bits, with 3 rows of bfloat16 and more, 8 of int8. One row in 8 bits, up to two in bfloat16, and attention read
-// memory through level 2.
+// with 4 to 6 bits, with 3 rows of bfloat16 and more, 8 of int8. One row in 8 bits, and up to two in bfloat16, read fast
+// memory through level 2. Attention depends on the processor, see decode_attention.cpp.
 constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 // Cache lines that will be read soon, and are asked for meanwhile, `count` at a time.
