@@ -96,15 +96,14 @@ class Generator(ChatMethods, AdapterMethods):
         self._source_folder, self._ranks = source_folder, ranks
         preset = generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
-        eos_ids = frozenset(config.eos_token_ids) | frozenset(as_id_tuple(preset.get("eos_token_id")))
-        eos_ids |= tokenizer.eos_ids if tokenizer else frozenset()
-        eos_ids = frozenset(i for i in eos_ids if i < config.vocab_size)  # a model cannot write others
+        eos_ids = {*config.eos_token_ids, *as_id_tuple(preset.get("eos_token_id")), *getattr(tokenizer, "eos_ids", ())}
+        written_ids = frozenset(i for i in eos_ids if i < config.vocab_size)  # a model cannot write others
         engine = on_live_threads(self._make_engine)
         self._dispatcher = Dispatcher(engine, self.options.max_queue, self.options.prefix_reuse)
         worker = self._dispatcher.worker
         self._adapters = AdapterRegistry(worker, self.options.adapters, checked_flag("check_weights", check_weights))
         self._builder = RequestBuilder(
-            tokenizer, config, self.max_seq_len, eos_ids, self.default_params, worker, self._adapters
+            tokenizer, config, self.max_seq_len, written_ids, self.default_params, worker, self._adapters
         )
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
@@ -124,12 +123,14 @@ class Generator(ChatMethods, AdapterMethods):
         calibrate: bool | None = None,
         check_weights: bool = False,
         tensor_parallel: bool = False,
+        rope_scaling: dict[str, Any] | None = None,
         **options: Any,
     ) -> Generator:
         """Load a model and its tokenizer.
 
         Args:
-            source, device, dtype, quantization, revision, adapter, calibrate, check_weights: as in `load_model`.
+            source, device, dtype, quantization, revision, adapter, calibrate, check_weights, rope_scaling: as in
+                `load_model`.
             progress: show a bar while weights load.
             tensor_parallel: split the model over the processes that torchrun has started. The process of rank 0 gets
                 an ordinary Generator. In the other processes this call does not return: they run their shards until
@@ -144,7 +145,7 @@ class Generator(ChatMethods, AdapterMethods):
         use_threads(checked.threads)  # before loading, which quantizes
         loaded = on_live_threads(
             load, source, device, dtype, quantization, revision, progress, adapter, calibrate, check_weights,
-            tensor_parallel, checked.check_model,
+            tensor_parallel, rope_scaling, checked.check_model,
         )  # fmt: skip
         return cls(**loaded._asdict(), **vars(checked))
 
@@ -212,6 +213,7 @@ class Generator(ChatMethods, AdapterMethods):
             raise ValueError(f"got {len(each)} SamplingParams for {len(many)} prompts; pass one, or one for each")
         build = partial(self._builder.build, on_overflow=on_overflow, tools=tools)
         groups = build_each(build, zip(many, each, strict=True), is_single)
+        self.options.warn_of_single_slot(sum(map(len, groups)))
         with tqdm(desc="generating", unit="reply", disable=not progress) as bar:
             replies = iter(self._run_all([handle for group in groups for handle in group], use_cache, bar))
         results = [GenerationResult.of_samples([next(replies) for _ in group]) for group in groups]
@@ -281,8 +283,7 @@ class Generator(ChatMethods, AdapterMethods):
         """Start a reply and return at once; see RequestHandle, which does not keep the Generator open. Thread-safe.
 
         timeout: seconds to wait while the queue is full (`max_queue`); 0 does not wait, None waits without limit.
-        tools: as in `generate`.
-        Raises: QueueFullError after the timeout; ValueError for n > 1; otherwise as `generate`.
+        tools: as in `generate`. Raises: QueueFullError after the timeout, ValueError for n > 1, and as `generate`.
         """
         timeout = checked_timeout("timeout", timeout)
         return self._dispatcher.submit(self._builder.build_one(prompt, params, on_overflow, tools=tools), timeout)
@@ -298,9 +299,8 @@ class Generator(ChatMethods, AdapterMethods):
     ) -> AsyncIterator[StreamChunk]:
         """Stream the reply to one prompt, in an asyncio task: `async for chunk in generator.astream(...)`.
 
-        tools: as in `generate`.
         It waits while the queue is full (`max_queue`). Canceling the task frees the slot; so does closing the iterator
-        (use `contextlib.aclosing` to close it at once when a loop is left early).
+        (use `contextlib.aclosing` to close it at once when a loop is left early). tools: as in `generate`.
         Raises: as `submit`, at the first chunk.
         """
         self._dispatcher.worker.check_caller()
@@ -321,19 +321,16 @@ class Generator(ChatMethods, AdapterMethods):
     ) -> Iterator[StreamChunk]:
         """Stream the reply to one prompt. The texts of all chunks, joined, are the text that `generate` returns.
 
-        tools: as in `generate`.
         The prompt is checked at the call and queued at the first chunk. Deleting the iterator frees the slot.
-        Raises: as `generate`, at the call, and ValueError for n > 1; at a chunk, the error that ended the reply, as
-        `RequestHandle.result`.
+        Raises: as `generate`, at the call, and ValueError for n > 1; at a chunk, as `RequestHandle.result`.
         """
         return self._run(self._builder.build_one(prompt, params, on_overflow, tools=tools))
 
     def warmup(self, progress: bool = False) -> None:
         """Compile everything that requests need; afterwards, no request with a cache compiles anything.
 
-        On CPUs it also builds the C++ operations and measures which forms of computations are the fastest. On CUDA it
-        also captures the graphs of prompts and decode steps; the first request with logits processors or
-        log-probabilities captures the graphs of its steps.
+        On CPUs it also builds the C++ operations and measures which forms are the fastest. On CUDA it also captures the
+        graphs of prompts and steps, except of steps with logits processors or log-probabilities: the first one does.
         Raises: RuntimeError while requests are running and after `close`.
         """
         checked_flag("progress", progress)

@@ -14,6 +14,7 @@ from qwen3fast.checkpoint.hf_config import as_id_tuple
 from qwen3fast.checkpoint.loaders import Loader
 from qwen3fast.checkpoint.metadata import find_tokenizer, read_checkpoint_config, read_generation_config
 from qwen3fast.checkpoint.random_weights import parse_random
+from qwen3fast.checkpoint.rope_config import with_rope_scaling
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.checks import checked_flag, checked_source
 from qwen3fast.engine.own_cores import keep_to_own_cores
@@ -50,6 +51,7 @@ def load_model(
     check_weights: bool = False,
     ranks: Ranks | None = None,
     calibrate: bool | None = None,
+    rope_scaling: dict[str, Any] | None = None,
 ) -> Qwen3:
     """Load the bare model: a hub id, a local folder or .gguf file, "tiny", or "random:0.6b".
 
@@ -80,6 +82,8 @@ def load_model(
             read it, which is faster than quantizing. None does so for unquantized checkpoints of models without
             experts in one process, on CPUs up to 2 billion parameters, unless QWEN3FAST_CALIBRATE=0 is set; True
             always, and raises ValueError where that is impossible; False never.
+        rope_scaling: the scaling of RoPE in place of the checkpoint's, as `rope_scaling` in config.json: YaRN, for
+            contexts longer than the model was trained on. None keeps the checkpoint's.
 
     Raises: FileNotFoundError if source or adapter does not exist; ValueError for unsupported options, and for
     unsupported or damaged checkpoints.
@@ -92,13 +96,17 @@ def load_model(
     adapter = None if adapter is None else resolve_adapter(adapter)
     if not str(source).startswith("random:"):
         source = folder = resolve_source(source, revision)
+    if rope_scaling is not None:
+        with_rope_scaling(_config_of(source), rope_scaling)  # refused before weights are read
     loader = Loader(chosen_device, dtype, quantization, output_projection, adapter, check_weights, ranks, progress)
     if not is_to_be_calibrated(calibrate, folder, quantization, chosen_device, is_split=ranks is not None):
-        return loader.load(source)
-    assert folder is not None, "no others are calibrated"
-    model = CalibratedLoader(folder, loader, calibrate).load()
-    if not (output_projection or model.config.tie_word_embeddings):
-        model.register_module("lm_head", None)
+        model = loader.load(source)
+    else:
+        assert folder is not None, "no others are calibrated"
+        model = CalibratedLoader(folder, loader, calibrate).load()
+        if not (output_projection or model.config.tie_word_embeddings):
+            model.register_module("lm_head", None)
+    model.config = with_rope_scaling(model.config, rope_scaling)
     return model
 
 
@@ -113,6 +121,7 @@ def load(
     calibrate: bool | None,
     check_weights: bool,
     tensor_parallel: bool,
+    rope_scaling: dict[str, Any] | None,
     check: Callable[[ModelConfig], None],
 ) -> Loaded:
     """Load a checkpoint for a Generator; see `Generator.from_pretrained` for arguments and errors.
@@ -131,14 +140,19 @@ def load(
         folder = resolve_source(source, revision)
         tokenizer = find_tokenizer(folder)
         generation_config = checked_preset(read_generation_config(folder), folder)
-        check(read_checkpoint_config(folder).model)
-    else:
-        check(parse_random(str(source))[0])
+    check(with_rope_scaling(_config_of(source if folder is None else folder), rope_scaling))
     model = load_model(
         source if folder is None else folder, device, dtype, None, progress, quantization,
         adapter=adapter, check_weights=check_weights, ranks=ranks, calibrate=calibrate,
+        rope_scaling=rope_scaling,
     )  # fmt: skip
     return Loaded(model, tokenizer, generation_config, folder, ranks, check_weights)
+
+
+def _config_of(source: str | Path) -> ModelConfig:
+    """Return the sizes of a model. source: "random:NAME", or what `resolve_source` returns."""
+    is_random = str(source).startswith("random:")
+    return parse_random(str(source))[0] if is_random else read_checkpoint_config(Path(source)).model
 
 
 def checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any] | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -125,11 +128,19 @@ class GeneratorOptions:
         if self.max_seq_len > config.longest_context:
             is_stretched = config.longest_context > config.max_position_embeddings
             stretched = " (stretched by YaRN)" if is_stretched else ""
-            advice = "" if is_stretched else "; for longer contexts, YaRN is set in config.json, see the model's card"
+            advice = (
+                "" if is_stretched else "; rope_scaling (--rope-scaling) stretches it by YaRN, see the model's card"
+            )
             raise ValueError(
                 f"max_seq_len {self.max_seq_len} exceeds the model's max_position_embeddings "
                 f"{config.longest_context}{stretched}; choose at most that{advice}"
             )
+
+    def warn_of_single_slot(self, num_replies: int) -> None:
+        """Warn where several replies have one slot, for the caller of `Generator.generate`."""
+        if num_replies > 1 and self.max_batch_size == 1:
+            advice = "from_pretrained(..., max_batch_size=8) runs 8 at a time, which is faster"
+            warnings.warn(f"{num_replies} replies run one after another; {advice}", stacklevel=4)  # past `takes_params`
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -157,6 +168,23 @@ def add_loading_arguments(add: Callable[..., Any]) -> None:
     add("--kv-cache-dtype", choices=CACHE_DTYPES, default="auto", help="int8: half of bfloat16's memory [%(default)s]")
     add("--no-calibrate", action="store_true", help="int4 and uint4 without the correction of errors, which takes "
         "time at the first load of a model")  # fmt: skip
+    add(
+        "--rope-scaling",
+        type=_json_object,
+        metavar="JSON",
+        help="scaling of RoPE for contexts longer than the model's, "
+        """as in config.json: '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}'""",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
     add("--no-cuda-graphs", action="store_true", help="on GPUs, launch each kernel of a step from the host, which is "
         "slower")  # fmt: skip
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r:.200}: {err}") from err
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r:.200}")
+    return value

@@ -32,7 +32,7 @@ class TextModel:
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, max_length: int | None) -> None:
         """Wrap a loaded model. Raises: ValueError for a max_length beyond the model's."""
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
-        most = model.config.max_position_embeddings
+        most = model.config.longest_context
         given = min(MAX_LENGTH, most) if max_length is None else max_length
         self.max_length = checked_integer("max_length", given, 1, most, " (the model's max_position_embeddings)")
 

@@ -6,6 +6,7 @@ import pickle
 import signal
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -43,6 +44,21 @@ def test_generate_gives_results_in_the_order_of_the_prompts(generator):
     prompts = ["a", "the dog", [1, 2, 3], "the dog", "zebra"]
     together = generator.generate(prompts, GREEDY)
     assert [r.token_ids for r in together] == [generator.generate(p, GREEDY).token_ids for p in prompts]
+
+
+def test_replies_one_after_another_are_warned_of(model, tokenizer):
+    with Generator(model, tokenizer, max_seq_len=200, compile=False) as generator:
+        with pytest.warns(UserWarning, match=r"2 replies run one after another; .*max_batch_size=8") as caught:
+            generator.generate("a", GREEDY)
+            generator.generate(["a", "b"], GREEDY)
+            generator.generate("a", replace(GREEDY, n=2))
+        assert [warning.filename for warning in caught] == [__file__] * 2
+    with (
+        Generator(model, tokenizer, max_seq_len=200, max_batch_size=2, compile=False) as generator,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error")
+        generator.generate(["a", "b", "c"], GREEDY)
 
 
 def test_generate_of_no_prompts_is_no_results(generator):

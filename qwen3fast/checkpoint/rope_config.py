@@ -6,9 +6,10 @@ Each key is used, refused by name, or named in a warning; a key that is null cou
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
+from qwen3fast.model.config import ModelConfig
 from qwen3fast.model.yarn import Yarn
 
 # Keys beside YaRN's own: used or checked elsewhere, or without effect on the tables.
@@ -62,6 +63,20 @@ def read_yarn(raw: dict[str, Any]) -> Yarn | None:
         original = settings.get("original_max_position_embeddings", raw.get("max_position_embeddings", DEFAULT_LENGTH))
     given = {name: settings[name] for name in names & set(settings)}
     return Yarn(**given | {"original_max_position_embeddings": original})
+
+
+def with_rope_scaling(config: ModelConfig, rope_scaling: dict[str, Any] | None) -> ModelConfig:
+    """Return a config with another scaling of RoPE than the checkpoint's; None leaves it.
+
+    rope_scaling: as in config.json; {"rope_type": "default"} scales nothing.
+    Raises: ValueError for a setting that is missing, unknown, unsupported or out of range.
+    """
+    if rope_scaling is None:
+        return config
+    raw = {"rope_scaling": rope_scaling, "max_position_embeddings": config.max_position_embeddings}
+    refuse_rope(raw, "rope_scaling")
+    theta = rope_scaling.get("rope_theta")
+    return replace(config, yarn=read_yarn(raw), rope_theta=config.rope_theta if theta is None else theta)
 
 
 def yarn_to_dict(yarn: Yarn) -> dict[str, Any]:

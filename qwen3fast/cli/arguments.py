@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from qwen3fast.checkpoint.metadata import TOKENIZER_FILES, has_tokenizer, read_config
+from qwen3fast.checkpoint.rope_config import with_rope_scaling
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checks import num_processes
 from qwen3fast.cli.console import checked_argument
@@ -77,7 +78,7 @@ def open_generator(args: argparse.Namespace) -> Generator:
     if args.model.startswith("random:"):
         raise ValueError(f"{args.model} has random weights and no tokenizer: it can only be measured (bench)")
     source = resolve_source(args.model, args.revision)  # once: from_pretrained would ask the hub again
-    longest = read_config(source).longest_context
+    longest = with_rope_scaling(read_config(source), args.rope_scaling).longest_context
     if not has_tokenizer(source):
         raise ValueError(
             f"{source} holds no tokenizer ({TOKENIZER_FILES}), which prompts on the command line need: copy it from "
@@ -90,6 +91,7 @@ def open_generator(args: argparse.Namespace) -> Generator:
         dtype=args.dtype,
         quantization=args.quantization,
         calibrate=False if args.no_calibrate else None,
+        rope_scaling=args.rope_scaling,
         max_seq_len=min(GeneratorOptions.max_seq_len, longest) if args.max_seq_len is None else args.max_seq_len,
         kv_cache_dtype=args.kv_cache_dtype,
         compile=COMPILE_MODES[args.compile],

@@ -69,6 +69,7 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         "adapters": {name: find_adapter(source)[1].parent for name, source in adapters.items()},
         "compile": False if args.no_compile else True if args.warmup else "auto",
         "cuda_graphs": not args.no_cuda_graphs,
+        "rope_scaling": args.rope_scaling,
     }
     for kind, name, source in specs:
         logger.info("loading %s", name)
