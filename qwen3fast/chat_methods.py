@@ -42,14 +42,15 @@ class ChatMethods:
     ) -> GenerationResult:
         """Generate the reply to a conversation, with the chat template.
 
-        enable_thinking: passed to the chat template; False also closes the reasoning if the template opens it.
+        enable_thinking: passed to the chat template; False also closes the reasoning if the template opens it, and
+        replaces the preset of Qwen3's models that reason (temperature 0.6, top_p 0.95) by the one without (0.7, 0.8).
         tools: JSON schemas, or Python functions. continue_final_message: go on with the last message, which holds the
         beginning of the reply, as in `Tokenizer.apply_chat_template`; the result holds only what was added.
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message, on_overflow)
         if not enable_thinking and not continue_final_message:
-            params = self._builder.without_reasoning(params or SamplingParams(), prompt)
+            params = self._builder.without_reasoning(params, prompt)
         reply: GenerationResult = self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
         return reply
 
@@ -70,7 +71,7 @@ class ChatMethods:
         """
         prompt = self.render(messages, params, enable_thinking, tools, continue_final_message, on_overflow)
         if not enable_thinking and not continue_final_message:
-            params = self._builder.without_reasoning(params or SamplingParams(), prompt)
+            params = self._builder.without_reasoning(params, prompt)
         return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
 
     def render(

@@ -81,7 +81,7 @@ class ChatSession:
         prompt = self._prompt(message, params, on_overflow)
         builder = self._generator._builder
         if not self._enable_thinking:
-            params = builder.without_reasoning(params or SamplingParams(), prompt)
+            params = builder.without_reasoning(params, prompt)
         return self._turn(message, prompt, builder.build_one(prompt, params, on_overflow, self._last, self._tools))
 
     def reset(self) -> None:

@@ -84,7 +84,8 @@ class SamplingParams:
         regex: the whole reply matches this pattern.
         grammar: the whole reply follows this grammar, in llguidance's form of Lark. At most one of json_schema, regex
             and grammar.
-        thinking_budget: tokens of reasoning in the reply at most, then the model must answer; None sets no limit.
+        thinking_budget: tokens of reasoning in the reply at most; then a sentence closes it (none at a budget of 0),
+            and the model must answer. None sets no limit.
         adapter: the name of a LoRA adapter of the Generator, which the request runs with; None is the base model.
 
     Raises: ValueError naming the field, the value and the allowed range.

@@ -32,6 +32,10 @@ class TokenConstraint(Protocol):
         """Record a chosen token, whether the rule was active or not."""
         ...
 
+    def is_free_for(self, num_tokens: int) -> bool:
+        """Return whether none of the next num_tokens tokens can be restricted, whatever they are."""
+        ...
+
 
 def bits_of(token_ids: Iterable[int], num_words: int) -> np.ndarray:
     """Return the mask that allows these tokens alone: int32, (num_words,)."""
@@ -61,6 +65,10 @@ class AllOf:
         """Pass a token on to all of them."""
         for constraint in self._constraints:
             constraint.accept(token)
+
+    def is_free_for(self, num_tokens: int) -> bool:
+        """Return whether none of them can restrict the next num_tokens tokens."""
+        return all(constraint.is_free_for(num_tokens) for constraint in self._constraints)
 
 
 class AfterReasoning:
@@ -121,20 +129,27 @@ class AfterReasoning:
             self._tracker.may_open = False  # the answer has begun, if only with whitespace
             self._constraint.accept(token)
 
+    def is_free_for(self, num_tokens: int) -> bool:
+        """Return False: the reasoning may end with any token."""
+        return False
+
 
 class ThinkingBudget:
     """A limit on reasoning: after max_tokens tokens of it, `</think>` and the separator are forced.
 
+    Reasoning that has begun first gets the sentence that tells the model to answer (`CLOSING_TEXT`).
+
     It counts the tokens of the reply after `<think>`, or all of them in a reply that starts inside reasoning.
-    Reasoning that ends by itself is left alone. max_tokens: 0 or more. reasoning: a format with tags. tracker: in its
-    state after the prompt.
+    Reasoning that ends by itself before is left alone. max_tokens: 0 or more. reasoning: a format with tags.
+    tracker: in its state after the prompt.
     """
 
     def __init__(self, max_tokens: int, reasoning: ReasoningFormat, tracker: ReasoningTracker) -> None:
         assert reasoning.end_id is not None, "checked with the request"
         self._tokens_left = max_tokens
         self._tracker = tracker.copy()
-        self._closing = _ForcedTokens([reasoning.end_id, *reasoning.separator_ids])
+        sentence = reasoning.closing_ids if max_tokens else []
+        self._closing = _ForcedTokens([*sentence, reasoning.end_id, *reasoning.separator_ids])
 
     def is_active(self) -> bool:
         """Return whether the reasoning is being ended."""
@@ -156,6 +171,14 @@ class ThinkingBudget:
         elif self._tracker.is_open:
             self._tokens_left -= 1
         self._tracker.push(token)
+
+    def is_free_for(self, num_tokens: int) -> bool:
+        """Return whether the reasoning cannot reach its limit within the next num_tokens tokens."""
+        if self._closing.is_begun:
+            return self._closing.is_done
+        opening = 0 if self._tracker.is_open else 1  # the token that opens the reasoning does not count
+        is_possible = self._tracker.is_open or self._tracker.may_open
+        return not is_possible or num_tokens <= self._tokens_left + opening
 
 
 class _ForcedTokens:

@@ -139,6 +139,9 @@ class _GrammarConstraint:
         self._matcher.consume_token(self._eos_id if token in self._eos_ids else token)
         self._raise_on_error()
 
+    def is_free_for(self, num_tokens: int) -> bool:
+        return False
+
     def _raise_on_error(self) -> None:
         # Also after writing a mask: in an error state, llguidance writes one that allows the end of sequence.
         if self._matcher.is_error():

@@ -25,6 +25,9 @@ from qwen3fast.text.stream import TextStream
 from qwen3fast.text.tokenizer import Tokenizer
 from qwen3fast.text.tool_calls import call_format_of
 
+# Temperature and top_p that Qwen3's model cards recommend, with reasoning (also in generation_config.json) and without.
+WITH_REASONING, WITHOUT_REASONING = (0.6, 0.95), (0.7, 0.8)
+
 
 class RequestBuilder:
     """A builder of requests for one model. Thread-safe."""
@@ -142,15 +145,21 @@ class RequestBuilder:
         request = Request(ids + continuation_ids, wanted_logprobs=WantedLogprobs(len(ids), 1), adapter=found)
         return RequestHandle(request, TextStream(None), self._worker)
 
-    def without_reasoning(self, params: SamplingParams, prompt_ids: list[int]) -> SamplingParams:
-        """Return the parameters with `thinking_budget` 0 if a prompt ends inside reasoning, to close it at once.
+    def without_reasoning(self, params: SamplingParams | None, prompt_ids: list[int]) -> SamplingParams:
+        """Return the parameters for a conversation that was rendered with enable_thinking=False.
 
-        Some chat templates open the reasoning even with enable_thinking=False. A budget that is set is kept.
-        prompt_ids: the rendered conversation.
+        If the prompt ends inside reasoning, which some chat templates open all the same, `thinking_budget` is 0, to
+        close it at once. Where the template has the switch, and the checkpoint's preset is the one for reasoning,
+        temperature and top_p are the ones for answers without it. Values that are set are kept.
         """
-        if params.thinking_budget is not None or not self._reasoning.tracker_after(prompt_ids).is_open:
-            return params
-        return replace(params, thinking_budget=0)
+        params = params or SamplingParams()
+        if self._reasoning.tracker_after(prompt_ids).is_open:
+            return params if params.thinking_budget is not None else replace(params, thinking_budget=0)
+        preset = self._default_params
+        if self._reasoning.has_switch and (preset.temperature, preset.top_p) == WITH_REASONING:
+            temperature, top_p = WITHOUT_REASONING
+            params = params.with_defaults(SamplingParams(temperature=temperature, top_p=top_p))
+        return params
 
     def _constraint_maker(
         self, p: SamplingParams, ids: list[int], tracker: ReasoningTracker

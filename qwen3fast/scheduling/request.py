@@ -112,10 +112,10 @@ class Request:
         """True if the device changes its logits before sampling (a logits_processor runs on the host)."""
         return self.processor_arguments != (1.0, 0.0, 0.0, None, None) or self.constraint is not None
 
-    @property
-    def is_watched(self) -> bool:
-        """True if the host must read each token before the next one can be launched."""
-        return self.constraint is not None or self.logits_processor is not None
+    def is_free_for(self, num_tokens: int) -> bool:
+        """Return whether the next num_tokens tokens can be computed before the host has read any of them."""
+        is_free = self.constraint is None or self.constraint.is_free_for(num_tokens)
+        return is_free and self.logits_processor is None
 
     @property
     def positions(self) -> int:

@@ -28,7 +28,7 @@ class Scheduler:
 
     Steps may run ahead (`Engine.lookahead`). A request's end by length is known in advance; its end by a stop token is
     found when the token is collected, and tokens launched for it in the meantime are dropped. Steps do not run ahead
-    while a request's next token depends on the host (constraints, logits processors).
+    while a token within reach depends on the host (constraints, logits processors).
 
     If a request fails, the others continue; its `error` is the reason. An error of a whole step ends all requests that
     have a slot.
@@ -93,9 +93,13 @@ class Scheduler:
         slots = {slot: r for slot, r in self.active.items() if 0 < r.launched < r.max_tokens}
         if slots:
             self._launch(slots)
-        max_ahead = 0 if not slots or any(r.is_watched for r in slots.values()) else self.engine.lookahead
-        while len(self._in_flight) > max_ahead:
+        while len(self._in_flight) > self._max_ahead(slots):
             self._collect()
+
+    def _max_ahead(self, slots: dict[int, Request]) -> int:
+        """Return how many steps may be in flight when the next one is launched. slots: of the last step."""
+        ahead = self.engine.lookahead
+        return ahead if slots and all(r.is_free_for(ahead + 1) for r in slots.values()) else 0
 
     def fail_all(self, error: BaseException) -> None:
         """End all requests that have a slot: a step failed, and its results cannot be trusted."""

@@ -9,6 +9,10 @@ from qwen3fast.text.tokenizer import Tokenizer
 
 BEGIN_REASONING, END_REASONING, BEGIN_TOOL_CALL = "<think>", "</think>", "<tool_call>"
 AFTER_REASONING = "\n\n"  # what Qwen3 has learned to write between reasoning and answer
+# Ends reasoning at its limit, before `</think>`. Source: Qwen3 Technical Report, arXiv:2505.09388, thinking budget.
+CLOSING_TEXT = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+)
 
 # How chat templates begin a turn, and how they begin an assistant's turn: Qwen's, and DeepSeek's distilled Qwen3.
 _TURNS = {"<|im_start|>": "<|im_start|>assistant\n", "<｜Assistant｜>": "<｜Assistant｜>", "<｜User｜>": ""}
@@ -54,6 +58,7 @@ class ReasoningFormat:
     Attributes:
         begin_id, end_id: of `<think>` and `</think>`; None without them, and then has_tags is False.
         tool_call_id: of `<tool_call>`, or None. separator_ids: of what stands between reasoning and answer.
+        closing_ids: of `CLOSING_TEXT`.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -61,10 +66,16 @@ class ReasoningFormat:
         ids = [self._id(tag) for tag in (BEGIN_REASONING, END_REASONING, BEGIN_TOOL_CALL)]
         self.begin_id, self.end_id, self.tool_call_id = ids
         self.has_tags = self.begin_id is not None and self.end_id is not None
-        self.separator_ids = tokenizer.encode(AFTER_REASONING) if tokenizer is not None and self.has_tags else []
+        texts = (AFTER_REASONING, CLOSING_TEXT) if tokenizer is not None and self.has_tags else ("", "")
+        self.separator_ids, self.closing_ids = (tokenizer.encode(x) if tokenizer and x else [] for x in texts)
         # The id that begins a turn -> the ids that begin an assistant's turn; none where it is somebody else's.
         self._turns = {i: tokenizer.encode(x) for mark, x in _TURNS.items() if tokenizer and (i := self._id(mark))}
         self._template: tuple[str | None, bool] | None = None  # of the tokenizer when last asked, and the answer
+
+    @property
+    def has_switch(self) -> bool:
+        """True if the chat template lets the caller choose between answers with and without reasoning."""
+        return self._tokenizer is not None and "enable_thinking" in (self._tokenizer.chat_template or "")
 
     def is_blank(self, token_id: int) -> bool:
         """Return whether a token shows nothing but whitespace, as control tokens do."""
@@ -99,8 +110,7 @@ class ReasoningFormat:
         tracker = self.tracker_after(prompt_ids)
         if tracker.is_open or not tracker.may_open or self._tokenizer is None:
             return tracker.is_open
-        has_switch = "enable_thinking" in (self._tokenizer.chat_template or "")
-        return has_switch and self._last_turn(prompt_ids) == []
+        return self.has_switch and self._last_turn(prompt_ids) == []
 
     def separator_after(self, prompt_ids: Sequence[int]) -> list[int]:
         """Return the tokens that must still come before the answer, where a prompt ends behind `</think>`."""

@@ -53,6 +53,22 @@ class Remainder:
         self._call("accept")
         self.tokens.append(token)
 
+    def is_free_for(self, num_tokens):
+        return False
+
+
+class NowAndThen(Remainder):
+    """Restricts two tokens of ten, and says ahead of time which are free."""
+
+    def _restricts(self, index):
+        return index % 10 in (7, 8)
+
+    def is_active(self):
+        return self._restricts(len(self.tokens))
+
+    def is_free_for(self, num_tokens):
+        return not any(self._restricts(len(self.tokens) + i) for i in range(num_tokens))
+
 
 class ForbidAll:
     """Allows nothing once there are so many tokens."""
@@ -68,6 +84,9 @@ class ForbidAll:
 
     def accept(self, token):
         self.left -= 1
+
+    def is_free_for(self, num_tokens):
+        return False
 
 
 def shifted(logits_V, output_T):
@@ -88,6 +107,7 @@ FEATURES = {
     "of the chosen token": lambda: {"logprobs": 0},
     "constraint": lambda: {"constraint": Remainder()},
     "constraint at times": lambda: {"constraint": Remainder(is_always_active=False)},
+    "constraint now and then": lambda: {"constraint": NowAndThen()},
     "hook": lambda: {"logits_processor": shifted},
     "everything": lambda: {
         **{"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5, "logprobs": 20},
@@ -193,6 +213,19 @@ def test_a_constraint_sees_every_token_once_and_in_order(lookahead):
     run(scheduler, make_request(20, 40, seed=1), request)
     assert constraint.tokens == request.output_ids
     assert [token % 3 for token in request.output_ids] == [i % 3 for i in range(12)]
+
+
+def test_steps_run_ahead_while_no_constraint_is_near():
+    scheduler = Scheduler(engine_of(MODEL, 2, lookahead=2))
+    request = make_request(9, 24, constraint=NowAndThen())
+    scheduler.add(request)
+    in_flight = {}
+    while request.finish_reason is None:
+        scheduler.step()
+        in_flight[len(request.output_ids)] = len(scheduler._in_flight)
+    # Tokens 7, 8 and 17, 18 are restricted: the next one can be launched with two in flight while all three are free.
+    assert {n for n, ahead in in_flight.items() if ahead == 2} == {*range(1, 5), *range(9, 15), *range(19, 23)}
+    assert all(in_flight[n] == 0 for n in in_flight if n in (5, 6, 7, 8, 15, 16, 17, 18))
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])

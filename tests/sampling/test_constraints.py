@@ -15,6 +15,7 @@ from qwen3fast.text.reasoning import ReasoningFormat, ReasoningTracker
 NUM_WORDS = 3
 VOCAB = NUM_WORDS * 32
 OPEN, CLOSE, BREAK, CALL = 31, 32, 95, 64  # at the borders of words
+SENTENCE = [40, 41]  # closes reasoning at its limit
 EVERY = frozenset(range(VOCAB))
 token_sets = st.frozensets(st.integers(0, VOCAB - 1))
 
@@ -35,6 +36,9 @@ class Only:
 
     def accept(self, token: int) -> None:
         self.accepted.append(token)
+
+    def is_free_for(self, num_tokens: int) -> bool:
+        return not self.active
 
 
 def ids_of(words_W: np.ndarray) -> frozenset[int]:
@@ -60,7 +64,7 @@ def steps(constraint: TokenConstraint, tokens) -> list[frozenset[int]]:
 
 
 class Tags:
-    """A tokenizer of the tags alone: "\n\n" is the token BREAK, every other id a letter."""
+    """A tokenizer of the tags: "\n\n" is the token BREAK, any other text is SENTENCE, every other id a letter."""
 
     chat_template = None
 
@@ -68,7 +72,7 @@ class Tags:
         self.base = SimpleNamespace(token_to_id=tags.get)
 
     def encode(self, text: str) -> list[int]:
-        return [BREAK]
+        return [BREAK] if text == "\n\n" else SENTENCE
 
     def is_special(self, token_id: int) -> bool:
         return False
@@ -179,13 +183,14 @@ def test_after_reasoning_does_not_move_the_tracker_that_it_was_given():
 
 
 def test_thinking_budget_ends_reasoning_that_is_still_open():
-    assert steps(budget(2), [7, 8, CLOSE, BREAK, 9]) == [EVERY, EVERY, {CLOSE}, {BREAK}, EVERY, EVERY]
+    closing = [{40}, {41}, {CLOSE}, {BREAK}]
+    assert steps(budget(2), [7, 8, *SENTENCE, CLOSE, BREAK, 9]) == [EVERY, EVERY, *closing, EVERY, EVERY]
 
 
 @pytest.mark.parametrize("before", [[], [BREAK]])
 def test_thinking_budget_counts_from_the_token_that_opens_the_reasoning(before):
-    seen = steps(budget(2, is_open=False), [*before, OPEN, 7, 8, CLOSE])
-    assert seen[len(before) :] == [EVERY, EVERY, EVERY, {CLOSE}, {BREAK}]
+    seen = steps(budget(2, is_open=False), [*before, OPEN, 7, 8, *SENTENCE, CLOSE])
+    assert seen[len(before) :] == [EVERY, EVERY, EVERY, {40}, {41}, {CLOSE}, {BREAK}]
 
 
 @pytest.mark.parametrize("is_open", [True, False])
@@ -224,7 +229,7 @@ def test_thinking_budget_is_never_exceeded(max_tokens, wishes, is_open):
         reply.append(wish if wish in may_come else min(may_come))
         constraint.accept(reply[-1])
     ends = [n for n, token in enumerate(reply) if n >= (not is_open) and token in (CLOSE, CALL)]
-    assert ends[0] - (not is_open) <= max_tokens
+    assert ends[0] - (not is_open) <= max_tokens + len(SENTENCE)
 
 
 def test_thinking_budget_reports_a_token_other_than_the_one_that_had_to_come():
@@ -233,5 +238,35 @@ def test_thinking_budget_reports_a_token_other_than_the_one_that_had_to_come():
 
 
 def test_thinking_budget_and_after_reasoning_agree_on_the_separator():
-    seen = steps(AllOf([budget(1), after(Only({1}), is_open=True)]), [7, CLOSE, BREAK, 1])
-    assert seen == [FREE, {CLOSE}, {BREAK}, {1}, {1}]
+    seen = steps(AllOf([budget(1), after(Only({1}), is_open=True)]), [7, *SENTENCE, CLOSE, BREAK, 1])
+    assert seen == [FREE, {40}, {41}, {CLOSE}, {BREAK}, {1}, {1}]
+
+
+tokens = st.lists(st.sampled_from([OPEN, CLOSE, CALL, BREAK, 7]), max_size=12)
+
+
+@given(st.integers(0, 6), tokens, tokens, st.booleans(), st.integers(1, 12))
+def test_thinking_budget_restricts_no_token_that_it_called_free(max_tokens, before, then, is_open, num_tokens):
+    constraint = AllOf([budget(max_tokens, is_open)])
+    for wish in before:
+        constraint.accept(wish if wish in (may_come := allowed(constraint)) else min(may_come))
+    if constraint.is_free_for(num_tokens):
+        for token in then[:num_tokens]:
+            assert not constraint.is_active()
+            constraint.accept(token)
+
+
+@pytest.mark.parametrize(("max_tokens", "free"), [(0, 0), (1, 1), (5, 5)])
+def test_thinking_budget_is_free_up_to_its_limit_and_once_it_is_over(max_tokens, free):
+    constraint = budget(max_tokens)
+    assert [constraint.is_free_for(n) for n in range(1, 9)] == [n <= free for n in range(1, 9)]
+    for token in [*[7] * max_tokens, *(SENTENCE if max_tokens else []), CLOSE]:
+        constraint.accept(token)
+    assert not constraint.is_free_for(1)
+    constraint.accept(BREAK)
+    assert constraint.is_free_for(1000)
+
+
+def test_a_constraint_on_the_answer_is_never_free():
+    assert not after(Only({1}, active=False), is_open=True).is_free_for(1)
+    assert not AllOf([budget(5), Only({1})]).is_free_for(1)

@@ -16,7 +16,7 @@ from tokenizers import normalizers
 
 from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint, bits_of
 from qwen3fast.sampling.grammar import Grammar, GrammarCompiler
-from qwen3fast.text.reasoning import ReasoningFormat, ReasoningTracker
+from qwen3fast.text.reasoning import CLOSING_TEXT, ReasoningFormat, ReasoningTracker
 from qwen3fast.text.tokenizer import Tokenizer
 
 PADDING = 77  # ids that the model has and the tokenizer has not; the last word of the mask is not full, either
@@ -284,7 +284,7 @@ def test_grammar_reports_a_token_that_it_had_forbidden(forbidden, compiler, toke
 def test_grammar_of_an_answer_leaves_the_reasoning_before_it_free(compiler, walk, tokenizer, eos_ids):
     reasoning = ReasoningFormat(tokenizer)
     tracker = ReasoningTracker(reasoning, is_open=True)
-    closing = [reasoning.end_id, *tokenizer.encode("\n\n")]
+    closing = [*tokenizer.encode(CLOSING_TEXT), reasoning.end_id, *tokenizer.encode("\n\n")]
     for seed in range(10):
         answer = compiler.json_schema(SCHEMAS["flat"]).start()
         constraint = AllOf(
@@ -314,6 +314,9 @@ class _Without:
 
     def accept(self, token: int) -> None:
         self._tokens_left -= 1
+
+    def is_free_for(self, num_tokens: int) -> bool:
+        return False
 
 
 def test_json_schema_reads_a_dictionary_and_its_text_alike(compiler, walk):

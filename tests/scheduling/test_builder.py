@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import randomized, slowly, small_config
 
-from qwen3fast import Generator, SamplingParams, ToolCall
+from qwen3fast import ChatSession, Generator, SamplingParams, ToolCall
+from qwen3fast.text.reasoning import CLOSING_TEXT
 
 HOT = 30.0  # the random models are sure of themselves; at this temperature they choose among many tokens
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -549,6 +550,34 @@ def test_without_thinking_all_is_answer(tiny):
     assert (result.reasoning, result.answer, result.text) == ("", "42", "42")
 
 
+def test_without_thinking_the_preset_of_reasoning_is_not_used(tiny):
+    given = SamplingParams(temperature=2.0, top_p=0.5, seed=3, max_tokens=20)
+    replies = [
+        lambda params: tiny.chat(QUESTION, params, enable_thinking=False),
+        lambda params: list(tiny.stream_chat(QUESTION, params, enable_thinking=False))[-1].result,
+        lambda params: ChatSession(tiny, enable_thinking=False).send(QUESTION[0]["content"], params),
+    ]
+    prompt = tiny.render(QUESTION, enable_thinking=False)
+    for reply in replies:
+        for temperature, top_p in ((None, None), (2.0, None), (None, 0.5), (2.0, 0.5)):
+            params = replace(given, temperature=temperature, top_p=top_p)
+            used = replace(params, temperature=temperature or 0.7, top_p=top_p or 0.8)
+            assert tiny._builder.without_reasoning(params, prompt) == used
+            assert reply(params).token_ids == tiny.generate(prompt, used).token_ids
+    assert (tiny.default_params.temperature, tiny.default_params.top_p) == (0.6, 0.95)
+
+
+@pytest.mark.parametrize("preset", [{}, {"do_sample": True, "temperature": 0.6, "top_p": 0.8}])
+def test_without_thinking_other_presets_are_left_alone(model, tokenizer, preset):
+    with Generator(model, tokenizer, generation_config=preset, max_seq_len=512, compile=False) as generator:
+        assert generator._builder.without_reasoning(None, [1, 2, 3]) == SamplingParams()
+
+
+def test_without_thinking_a_template_without_the_switch_leaves_the_preset_alone(tiny, monkeypatch):
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", "{{ messages[0].content }}")
+    assert tiny._builder.without_reasoning(None, [1, 2, 3]) == SamplingParams()
+
+
 def test_a_thought_that_is_never_closed_is_all_thought(tiny):
     result = tiny.chat(QUESTION, SamplingParams(seed=0, max_tokens=10))
     assert result.finish_reason == "length"
@@ -580,32 +609,40 @@ def tags(generator):
     return token("<think>"), token("</think>"), generator.tokenizer.encode("\n\n")
 
 
+def closing(generator, budget):
+    """Ids of the sentence that closes a thought at its budget."""
+    return generator.tokenizer.encode(CLOSING_TEXT) if budget else []
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("structured", [False, True])
 def test_thinking_budget_ends_a_thought_after_exactly_so_many_tokens(tiny, seed, structured):
     begin, end, after = tags(tiny)
-    params = SamplingParams(seed=seed, max_tokens=60, regex=DATE if structured else None)
+    params = SamplingParams(seed=seed, max_tokens=160, regex=DATE if structured else None)
     free = tiny.chat(QUESTION, params)
     assert free.token_ids.index(end) - 1 > 5
     for budget in (0, 1, 5):
         result = tiny.chat(QUESTION, replace(params, thinking_budget=budget))
-        opening = result.token_ids[: 1 + budget + 1 + len(after)]
-        assert opening == [*free.token_ids[: 1 + budget], end, *after]
+        sentence = closing(tiny, budget)
+        opening = result.token_ids[: 1 + budget + len(sentence) + 1 + len(after)]
+        assert opening == [*free.token_ids[: 1 + budget], *sentence, end, *after]
         assert opening[0] == begin
         assert begin not in result.token_ids[1:]
         assert end not in result.token_ids[len(opening) :]
         assert result.finish_reason == "stop"
         assert not structured or re.fullmatch(DATE, result.answer)
-        assert result.reasoning == tiny.tokenizer.decode(free.token_ids[1 : 1 + budget]).strip("\n")
+        thought = tiny.tokenizer.decode([*free.token_ids[1 : 1 + budget], *sentence])
+        assert result.reasoning == thought.strip("\n")
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5])
 def test_thinking_budget_counts_all_tokens_of_a_reply_that_begins_in_its_thought(tiny, budget):
     _, end, after = tags(tiny)
     prompt = tiny.render(QUESTION, SamplingParams(temperature=1)) + tiny.tokenizer.encode("<think>\n")
-    result = tiny.generate(prompt, SamplingParams(seed=0, max_tokens=60, thinking_budget=budget))
-    assert result.token_ids.index(end) == budget
-    assert result.token_ids[budget + 1 : budget + 1 + len(after)] == after
+    result = tiny.generate(prompt, SamplingParams(seed=0, max_tokens=160, thinking_budget=budget))
+    index = budget + len(closing(tiny, budget))
+    assert result.token_ids.index(end) == index
+    assert result.token_ids[index + 1 : index + 1 + len(after)] == after
     assert result.answer
 
 
@@ -614,7 +651,7 @@ def test_a_thought_within_its_budget_is_left_alone(tiny):
     params = SamplingParams(seed=0, max_tokens=100)
     free = tiny.chat(QUESTION, params)
     length = free.token_ids.index(end) - 1
-    for budget in (length + 1, length, 100):
+    for budget in (length + 1, 100):
         assert tiny.chat(QUESTION, replace(params, thinking_budget=budget)).token_ids == free.token_ids
 
 

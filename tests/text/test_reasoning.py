@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen3fast import ChatSession, Generator, SamplingParams
-from qwen3fast.text.reasoning import ReasoningFormat
+from qwen3fast.text.reasoning import CLOSING_TEXT, ReasoningFormat
 from qwen3fast.text.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
@@ -115,7 +115,7 @@ def test_a_continued_reply_has_the_thinking_budget(generator, whole, k):
     prompt = generator.render(QUESTION) + whole.token_ids[:k]
     reply = generator.generate(prompt, SamplingParams(max_tokens=50, temperature=0, thinking_budget=2))
     assert reply.token_ids[:2] == whole.token_ids[k : k + 2]
-    assert reply.token_ids[2] == generator.tokenizer.encode("</think>")[0]
+    assert reply.token_ids[2] == generator.tokenizer.encode(CLOSING_TEXT)[0]
 
 
 def test_chat_continues_the_final_message(generator, whole):
