@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from typing import Any, overload
 
 from qwen3fast.checks import checked_flag, checked_text
 from qwen3fast.results import GenerationResult, StreamChunk
@@ -25,34 +27,78 @@ class ChatMethods:
     max_seq_len: int
     generate: Callable[..., Any]
     stream: Callable[..., Iterator[StreamChunk]]
+    astream: Callable[..., Any]
     _builder: RequestBuilder
 
     _has_warned_greedy_reasoning = False
 
-    @takes_params
+    @overload
     def chat(
         self,
         messages: list[Message],
-        params: SamplingParams | None = None,
+        params: SamplingParams | None = ...,
+        *,
+        enable_thinking: bool = ...,
+        tools: Tools | None = ...,
+        continue_final_message: bool | str = ...,
+        on_overflow: Overflow = ...,
+        progress: bool = ...,
+    ) -> GenerationResult: ...
+
+    @overload
+    def chat(
+        self,
+        messages: list[list[Message]],
+        params: SamplingParams | list[SamplingParams] | None = ...,
+        *,
+        enable_thinking: bool = ...,
+        tools: Tools | None = ...,
+        continue_final_message: bool | str = ...,
+        on_overflow: Overflow = ...,
+        progress: bool = ...,
+    ) -> list[GenerationResult]: ...
+
+    @takes_params
+    def chat(
+        self,
+        messages: Any,
+        params: Any = None,
         *,
         enable_thinking: bool = True,
         tools: Tools | None = None,
         continue_final_message: bool | str = False,
         on_overflow: Overflow = "error",
-    ) -> GenerationResult:
-        """Generate the reply to a conversation, with the chat template.
+        progress: bool = False,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Generate the reply to a conversation, or to each of several, with the chat template.
 
+        messages: the messages of a conversation, or a list of conversations. params: one for all, or a list with one
+        for each conversation.
         enable_thinking: passed to the chat template; False also closes the reasoning if the template opens it, and
         replaces the preset of Qwen3's models that reason (temperature 0.6, top_p 0.95) by the one without (0.7, 0.8).
         tools: JSON schemas, or Python functions. continue_final_message: go on with the last message, which holds the
         beginning of the reply, as in `Tokenizer.apply_chat_template`; the result holds only what was added.
+        progress: as in `generate`.
+        Returns: one result for one conversation, otherwise a list in their order.
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
-        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message, on_overflow)
-        if not enable_thinking and not continue_final_message:
-            params = self._builder.without_reasoning(params, prompt)
-        reply: GenerationResult = self.generate(prompt, params, on_overflow=on_overflow, tools=tools)
-        return reply
+        is_single = not (messages and isinstance(messages[0], list | tuple))
+        conversations = [messages] if is_single else messages
+        each = list(params) if isinstance(params, list | tuple) else [params] * len(conversations)
+        if len(each) != len(conversations):
+            raise ValueError(
+                f"got {len(each)} SamplingParams for {len(conversations)} conversations; pass one, or one for each"
+            )
+        prompts = []
+        for i, conversation in enumerate(conversations):
+            prompt = self.render(conversation, each[i], enable_thinking, tools, continue_final_message, on_overflow)
+            prompts.append(prompt)
+            if not enable_thinking and not continue_final_message:
+                each[i] = self._builder.without_reasoning(each[i], prompt)
+        replies: list[GenerationResult] = self.generate(
+            prompts, each, on_overflow=on_overflow, progress=progress, tools=tools
+        )
+        return replies[0] if is_single else replies
 
     @takes_params
     def stream_chat(
@@ -73,6 +119,29 @@ class ChatMethods:
         if not enable_thinking and not continue_final_message:
             params = self._builder.without_reasoning(params, prompt)
         return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
+
+    @takes_params
+    async def astream_chat(
+        self,
+        messages: list[Message],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool = True,
+        tools: Tools | None = None,
+        continue_final_message: bool | str = False,
+        on_overflow: Overflow = "error",
+    ) -> AsyncIterator[StreamChunk]:
+        """Stream the reply to a conversation, with the chat template, in an asyncio task.
+
+        Raises: ValueError at the first chunk without a chat template or for malformed messages; otherwise as `astream`.
+        """
+        about = (enable_thinking, tools, continue_final_message, on_overflow)
+        prompt = await asyncio.to_thread(self.render, messages, params, *about)
+        if not enable_thinking and not continue_final_message:
+            params = self._builder.without_reasoning(params, prompt)
+        async with aclosing(self.astream(prompt, params, on_overflow=on_overflow, tools=tools)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def render(
         self,

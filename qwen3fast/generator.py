@@ -75,15 +75,13 @@ class Generator(ChatMethods, AdapterMethods):
             model: the model, in evaluation mode.
             tokenizer: its tokenizer; without one, prompts are token ids and replies have no text.
             generation_config: the checkpoint's sampling preset, the contents of generation_config.json.
-            source_folder: the folder or GGUF file of the checkpoint; `save_quantized` copies the tokenizer's files
-                from it.
+            source_folder: the checkpoint's folder or GGUF file, whose tokenizer `save_quantized` copies.
             ranks: the processes that the model was split over.
             check_weights: refuse NaN and infinity in adapters.
             options: the fields of GeneratorOptions.
 
-        Raises: TypeError for a name instead of a model; ValueError for an option out of its range, a size that the
-        model does not support, or a preset with values that no request may have; MemoryError if the KV cache does not
-        fit.
+        Raises: TypeError for a name instead of a model; ValueError for an option or a preset out of range, and for a
+        size that the model does not support; MemoryError if the KV cache does not fit.
         """
         self.options = GeneratorOptions.of(options)
         if not isinstance(model, Qwen3):
@@ -93,8 +91,7 @@ class Generator(ChatMethods, AdapterMethods):
         weight = model.model.norm.weight
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.device, self.dtype, self.max_seq_len = weight.device, weight.dtype, self.options.max_seq_len
-        self._source_folder, self._ranks = source_folder, ranks
-        preset = generation_config or {}
+        self._source_folder, self._ranks, preset = source_folder, ranks, generation_config or {}
         self.default_params = SamplingParams.from_generation_config(preset)
         eos_ids = {*config.eos_token_ids, *as_id_tuple(preset.get("eos_token_id")), *getattr(tokenizer, "eos_ids", ())}
         written_ids = frozenset(i for i in eos_ids if i < config.vocab_size)  # a model cannot write others
@@ -124,6 +121,8 @@ class Generator(ChatMethods, AdapterMethods):
         check_weights: bool = False,
         tensor_parallel: bool = False,
         rope_scaling: dict[str, Any] | None = None,
+        chat_template: str | Path | None = None,
+        generation_config: dict[str, Any] | None = None,
         **options: Any,
     ) -> Generator:
         """Load a model and its tokenizer.
@@ -135,6 +134,8 @@ class Generator(ChatMethods, AdapterMethods):
             tensor_parallel: split the model over the processes that torchrun has started. The process of rank 0 gets
                 an ordinary Generator. In the other processes this call does not return: they run their shards until
                 rank 0 closes its Generator, then exit (SystemExit). compile="auto" means True.
+            chat_template: a Jinja template, or a file of one, in place of the checkpoint's.
+            generation_config: replaces fields of generation_config.json; a temperature above 0 implies do_sample.
             options: the fields of GeneratorOptions: max_seq_len, max_batch_size, compile and others.
 
         Raises: FileNotFoundError for a missing checkpoint; ValueError for unsupported options or a damaged checkpoint;
@@ -145,7 +146,7 @@ class Generator(ChatMethods, AdapterMethods):
         use_threads(checked.threads)  # before loading, which quantizes
         loaded = on_live_threads(
             load, source, device, dtype, quantization, revision, progress, adapter, calibrate, check_weights,
-            tensor_parallel, rope_scaling, checked.check_model,
+            tensor_parallel, rope_scaling, chat_template, generation_config, checked.check_model,
         )  # fmt: skip
         return cls(**loaded._asdict(), **vars(checked))
 
@@ -355,8 +356,7 @@ class Generator(ChatMethods, AdapterMethods):
     def save_quantized(self, folder: str | Path) -> None:
         """Save the quantized weights, with config and tokenizer, to a folder that `from_pretrained` loads.
 
-        Raises: ValueError for a model that is not quantized or is split over processes, and for the folder that it was
-        loaded from; OSError if writing fails.
+        Raises: ValueError for a model that is plain or split over processes, and for its own folder; OSError.
         """
         if self._ranks is not None:
             raise ValueError("a model that is split over processes cannot be saved; load it in one process for that")

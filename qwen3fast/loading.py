@@ -12,8 +12,7 @@ from qwen3fast.calibrated import CalibratedLoader, is_to_be_calibrated
 from qwen3fast.checkpoint.choices import choose_device
 from qwen3fast.checkpoint.hf_config import as_id_tuple
 from qwen3fast.checkpoint.loaders import Loader
-from qwen3fast.checkpoint.metadata import find_tokenizer, read_checkpoint_config, read_generation_config
-from qwen3fast.checkpoint.random_weights import parse_random
+from qwen3fast.checkpoint.metadata import find_tokenizer, read_config, read_generation_config
 from qwen3fast.checkpoint.rope_config import with_rope_scaling
 from qwen3fast.checkpoint.source import resolve_adapter, resolve_source
 from qwen3fast.checks import checked_flag, checked_source
@@ -23,6 +22,7 @@ from qwen3fast.model.config import ModelConfig
 from qwen3fast.parallel import Ranks
 from qwen3fast.quantization.convert import DEQUANTIZE, prepare_quantization
 from qwen3fast.sampling_params import SamplingParams, takes_params
+from qwen3fast.text.chat_template import read_template
 from qwen3fast.text.tokenizer import Tokenizer
 
 
@@ -97,7 +97,7 @@ def load_model(
     if not str(source).startswith("random:"):
         source = folder = resolve_source(source, revision)
     if rope_scaling is not None:
-        with_rope_scaling(_config_of(source), rope_scaling)  # refused before weights are read
+        with_rope_scaling(read_config(source), rope_scaling)  # refused before weights are read
     loader = Loader(chosen_device, dtype, quantization, output_projection, adapter, check_weights, ranks, progress)
     if not is_to_be_calibrated(calibrate, folder, quantization, chosen_device, is_split=ranks is not None):
         model = loader.load(source)
@@ -122,11 +122,13 @@ def load(
     check_weights: bool,
     tensor_parallel: bool,
     rope_scaling: dict[str, Any] | None,
+    chat_template: str | Path | None,
+    own_preset: dict[str, Any] | None,
     check: Callable[[ModelConfig], None],
 ) -> Loaded:
     """Load a checkpoint for a Generator; see `Generator.from_pretrained` for arguments and errors.
 
-    check: called with the model's sizes before any weights are read.
+    own_preset: `generation_config` of it. check: called with the model's sizes before any weights are read.
     """
     checked_source(source, quantization, revision, adapter, check_weights)
     checked_flag("progress", progress)
@@ -135,12 +137,19 @@ def load(
         ranks = Ranks.start(kind)
         if kind == "cpu":
             keep_to_own_cores(ranks)
-    tokenizer, generation_config, folder = None, None, None
+    own_preset = checked_own_preset(own_preset)
+    tokenizer, generation_config, folder = None, own_preset, None
     if not str(source).startswith("random:"):
         folder = resolve_source(source, revision)
         tokenizer = find_tokenizer(folder)
         generation_config = checked_preset(read_generation_config(folder), folder)
-    check(with_rope_scaling(_config_of(source if folder is None else folder), rope_scaling))
+        if own_preset is not None:
+            generation_config = {**(generation_config or {}), **own_preset}
+    if chat_template is not None:
+        if tokenizer is None:
+            raise ValueError(f"chat_template needs a tokenizer, which {source} does not have")
+        tokenizer.chat_template = read_template(chat_template)
+    check(with_rope_scaling(read_config(source if folder is None else folder), rope_scaling))
     model = load_model(
         source if folder is None else folder, device, dtype, None, progress, quantization,
         adapter=adapter, check_weights=check_weights, ranks=ranks, calibrate=calibrate,
@@ -149,10 +158,23 @@ def load(
     return Loaded(model, tokenizer, generation_config, folder, ranks, check_weights)
 
 
-def _config_of(source: str | Path) -> ModelConfig:
-    """Return the sizes of a model. source: "random:NAME", or what `resolve_source` returns."""
-    is_random = str(source).startswith("random:")
-    return parse_random(str(source))[0] if is_random else read_checkpoint_config(Path(source)).model
+def checked_own_preset(preset: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return fields of generation_config.json that a user has set; a temperature above 0 implies do_sample.
+
+    Raises: ValueError for values that no request may have; TypeError for no dict.
+    """
+    if preset is None:
+        return None
+    if not isinstance(preset, dict):
+        raise TypeError(f"generation_config must be a dict of fields of generation_config.json, got {preset!r:.200}")
+    if "temperature" in preset and "do_sample" not in preset:
+        preset = {**preset, "do_sample": preset["temperature"] != 0}
+    try:
+        SamplingParams.from_generation_config({"do_sample": True, **preset})
+        as_id_tuple(preset.get("eos_token_id"))
+    except ValueError as err:
+        raise ValueError(f"generation_config: {err}") from err
+    return preset
 
 
 def checked_preset(preset: dict[str, Any] | None, source: Path) -> dict[str, Any] | None:

@@ -175,6 +175,14 @@ def add_loading_arguments(add: Callable[..., Any]) -> None:
         help="scaling of RoPE for contexts longer than the model's, "
         """as in config.json: '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}'""",
     )
+    add("--chat-template", metavar="FILE", help="Jinja template in place of the checkpoint's")
+    add(
+        "--override-generation-config",
+        type=_json_object,
+        metavar="JSON",
+        help="fields of generation_config.json in "
+        """place of the checkpoint's: '{"temperature": 0.7, "top_p": 0.8}'""",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads [one per core]")
     add("--no-cuda-graphs", action="store_true", help="on GPUs, launch each kernel of a step from the host, which is "
         "slower")  # fmt: skip

@@ -92,6 +92,8 @@ def open_generator(args: argparse.Namespace) -> Generator:
         quantization=args.quantization,
         calibrate=False if args.no_calibrate else None,
         rope_scaling=args.rope_scaling,
+        chat_template=args.chat_template,
+        generation_config=args.override_generation_config,
         max_seq_len=min(GeneratorOptions.max_seq_len, longest) if args.max_seq_len is None else args.max_seq_len,
         kv_cache_dtype=args.kv_cache_dtype,
         compile=COMPILE_MODES[args.compile],

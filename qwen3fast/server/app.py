@@ -59,7 +59,8 @@ def create_app(models: dict[str, AnyModel], options: ServerOptions | None = None
     models: a Generator, Embedder or Reranker each; the Generators are closed when the application ends.
     Raises: ValueError without a model.
     """
-    state = ServerState(Models(models), options or ServerOptions())
+    options = options or ServerOptions()
+    state = ServerState(Models(models, options.enable_thinking), options)
 
     cross_origin = []
     if origins := state.options.allow_origins:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -238,7 +239,8 @@ def _answer_jobs(args: argparse.Namespace, total: int, bad: int, output: Output)
         bar = tqdm(total=total, initial=total - len(rest), desc="batch", unit="request")
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            (run_on_ray if args.ray else _run_here)(rest, args, OPTIONS, note)
+            options = replace(OPTIONS, enable_thinking=args.enable_thinking)
+            (run_on_ray if args.ray else _run_here)(rest, args, options, note)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to continue", file=sys.stderr)
             return 130

@@ -36,18 +36,23 @@ class Conversation(ReplyRequest):
         """The tokenizer of its model."""
         return tokenizer_of(self.served)
 
+    @property
+    def enable_thinking(self) -> bool:
+        """Whether the model may reason: as the request says, otherwise as the server does."""
+        asked = self.sampling.enable_thinking
+        return self.served.enable_thinking if asked is None else asked
+
     def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
         """Return prompt and parameters of each reply. Raises: ValueError for invalid messages."""
         prompt, replies = self.render(), self.sampling.each()
-        if self.sampling.enable_thinking is False and not self.continues:
+        if not self.enable_thinking and not self.continues:
             builder = generator_of(self.served)._builder
             replies = [builder.without_reasoning(params, prompt) for params in replies]
         return [(prompt, params) for params in replies]
 
     def render(self, **limit: Any) -> list[int]:
         """Return the prompt. limit: on_overflow and max_seq_len, as in `Generator.render`. Raises: as `jobs`."""
-        thinking = self.sampling.enable_thinking
-        about = (self.sampling.params, True if thinking is None else thinking, self.tools, self.continues)
+        about = (self.sampling.params, self.enable_thinking, self.tools, self.continues)
         return generator_of(self.served).render(self.prompts, *about, **limit)
 
     def content_and_calls(self, result: GenerationResult) -> tuple[str, list[ToolCall]]:

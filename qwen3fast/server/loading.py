@@ -42,6 +42,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(add)
     add("--warmup", action=argparse.BooleanOptionalAction, help="compile before the first request; --no-warmup: only "
         "what requests need [on CPUs answer at once and compile meanwhile, on GPUs compile before]")  # fmt: skip
+    add("--no-thinking", action="store_false", dest="enable_thinking", help="reply to conversations without reasoning, "
+        "unless a request asks for it (enable_thinking, reasoning_effort)")  # fmt: skip
     add("--no-compile", action="store_true", help="run uncompiled, slower; on CPUs also without C++ operations")
 
 
@@ -70,6 +72,8 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         "compile": False if args.no_compile else True if args.warmup else "auto",
         "cuda_graphs": not args.no_cuda_graphs,
         "rope_scaling": args.rope_scaling,
+        "chat_template": args.chat_template,
+        "generation_config": args.override_generation_config,
     }
     for kind, name, source in specs:
         logger.info("loading %s", name)

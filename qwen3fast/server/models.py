@@ -23,13 +23,15 @@ class ServedModel:
     """A model under a name.
 
     adapter: the LoRA adapter of the Generator that its requests run with; None for the model itself. parent: the name
-    of the adapter's model. lock: held while an Embedder or Reranker computes, which serve one request at a time.
+    of the adapter's model. enable_thinking: for conversations that do not say.
+    lock: held while an Embedder or Reranker computes, which serve one request at a time.
     """
 
     name: str
     model: AnyModel
     adapter: str | None = None
     parent: str | None = None
+    enable_thinking: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -67,11 +69,11 @@ class Models:
         served: the models themselves.
     """
 
-    def __init__(self, models: dict[str, AnyModel]) -> None:
+    def __init__(self, models: dict[str, AnyModel], enable_thinking: bool = True) -> None:
         """Raises: ValueError for no models, and for an adapter with the name of a model or of another adapter."""
         if not models:
             raise ValueError("a server needs at least one model")
-        self.served = [ServedModel(name, model) for name, model in models.items()]
+        self.served = [ServedModel(name, model, enable_thinking=enable_thinking) for name, model in models.items()]
         names = [served.name for served in self.with_adapters]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"models and adapters of a server need names of their own; duplicates: {', '.join(twice)}")

@@ -25,6 +25,7 @@ class ServerOptions:
             at once. At high speed several tokens share an event; 0 sends each token when it comes.
         compile_timeout_s: a JSON schema or regular expression that takes longer to compile is refused.
         log_prompts: write prompts and replies to the log; otherwise the log holds no text of users.
+        enable_thinking: replies to conversations may begin with reasoning, where a request does not say.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -38,6 +39,7 @@ class ServerOptions:
     stream_interval_s: float = 0.03  # faster than anyone reads
     compile_timeout_s: float = 1.0
     log_prompts: bool = False
+    enable_thinking: bool = True
 
     def __post_init__(self) -> None:
         """Raises: ValueError naming the option and its value."""

@@ -31,7 +31,7 @@ REASONING_BUDGETS: dict[str, int | None] = {
 class Sampling:
     """The sampling of the replies to a request.
 
-    params: for one reply. n: replies to each prompt. enable_thinking: None leaves the template's default.
+    params: for one reply. n: replies to each prompt. enable_thinking: None leaves it to the server.
     only_prompt: the request wants no token; params has one, which the engine needs. shaped_by: the path of the field
     that the schema, pattern or grammar of the replies comes from.
     """
@@ -215,7 +215,7 @@ def _reasoning(fields: Fields) -> tuple[int | None, bool | None]:
         budget = budget if budget is not None or not enable else REASONING_BUDGETS[effort]
     template = fields.object("chat_template_kwargs")
     if template is not None:
-        enable = bool(template.flag("enable_thinking", True if enable is None else enable))
+        enable = enable if template.raw("enable_thinking") is None else template.flag("enable_thinking")
         if template.unknown():
             raise ApiError(400, "only enable_thinking is supported", template.unknown()[0], "unsupported")
     return budget, enable

@@ -153,6 +153,22 @@ def read_chat_template(folder: Path, settings: dict[str, Any]) -> tuple[str | No
     return template, settings_file
 
 
+def read_template(source: str | Path) -> str:
+    """Return a Jinja template. source: its file, or the template itself, a str that holds a brace.
+
+    Raises: FileNotFoundError; ValueError for a file that is not text.
+    """
+    if isinstance(source, str) and "{" in source:
+        return source
+    file = Path(source).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {str(source)!r:.200}; chat_template takes a file, or a Jinja template")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise ValueError(f"{file} is not text in UTF-8: {err}") from err
+
+
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Return the JSON schemas of tools; functions are described by their signature and docstring.
 

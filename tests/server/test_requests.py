@@ -66,6 +66,28 @@ def test_reasoning_that_the_template_opens_all_the_same_is_closed_at_once(
     assert all(block["type"] == "text" for block in reply.get("content", []))
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize(
+    ("more", "asked"),
+    [
+        ({}, None),
+        ({"reasoning_effort": "low"}, True),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"chat_template_kwargs": {}}, None),
+        ({"reasoning_effort": "none"}, False),
+    ],
+)
+def test_a_server_reasons_by_default_unless_its_options_say_otherwise(tiny_generator, thinks, more, asked):  # noqa: F811
+    app = create_app({"tiny": tiny_generator}, ServerOptions(enable_thinking=thinks))
+    params = {"temperature": 0, "max_tokens": 20}
+    _, reply = asyncio.run(call(app, "/v1/chat/completions", {"messages": CHAT["messages"], **params, **more}))
+    expected = tiny_generator.chat(
+        CHAT["messages"], SamplingParams(**params), enable_thinking=thinks if asked is None else asked
+    )
+    message = reply["choices"][0]["message"]
+    assert (message["content"], message.get("reasoning", "")) == (expected.answer, expected.reasoning)
+
+
 @pytest.mark.parametrize(
     ("path", "more", "ignored"),
     [

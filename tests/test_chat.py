@@ -1,0 +1,87 @@
+"""Generator.chat of several conversations, and chat in asyncio."""
+
+import asyncio
+import warnings
+
+import pytest
+
+from qwen3fast import Generator, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=30)
+CONVERSATIONS = [
+    [{"role": "user", "content": "What is 17 + 25?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 4 + 5?"}],
+    [
+        {"role": "user", "content": "What is 4 + 5?"},
+        {"role": "assistant", "content": "9"},
+        {"role": "user", "content": "And 2 + 2?"},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    with Generator.from_pretrained("tiny", dtype="float32", max_batch_size=3, compile=False) as generator:
+        yield generator
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_each_of_several_conversations_gets_the_reply_that_it_gets_alone(generator, thinking):
+    params = SamplingParams(seed=5, max_tokens=30)
+    alone = [generator.chat(c, params, enable_thinking=thinking) for c in CONVERSATIONS]
+    together = generator.chat(CONVERSATIONS, params, enable_thinking=thinking)
+    assert [reply.token_ids for reply in together] == [reply.token_ids for reply in alone]
+    assert all(reply.reasoning for reply in together) == thinking
+
+
+def test_conversations_may_have_parameters_of_their_own(generator):
+    each = [SamplingParams(temperature=0, max_tokens=n) for n in (1, 2, 3)]
+    replies = generator.chat(tuple(CONVERSATIONS), each)
+    assert [len(reply.token_ids) for reply in replies] == [1, 2, 3]
+    with pytest.raises(ValueError, match="got 2 SamplingParams for 3 conversations; pass one, or one for each"):
+        generator.chat(CONVERSATIONS, each[:2])
+    with pytest.raises(ValueError, match="got 3 SamplingParams for 1 conversations"):
+        generator.chat(CONVERSATIONS[0], each)
+
+
+def test_a_list_of_one_conversation_is_several(generator):
+    (reply,) = generator.chat(CONVERSATIONS[:1], GREEDY)
+    assert reply.token_ids == generator.chat(CONVERSATIONS[0], GREEDY).token_ids
+
+
+def test_a_bad_conversation_among_several_is_refused_before_any_runs(generator):
+    with pytest.raises(ValueError, match="messages"):
+        generator.chat([*CONVERSATIONS, [{"role": "user"}]], GREEDY)
+    with pytest.raises(ValueError, match="messages"):
+        generator.chat([], GREEDY)
+
+
+@pytest.mark.parametrize("way", ["one", "several"])
+def test_the_warning_of_greedy_reasoning_names_the_callers_line(way):
+    with (
+        Generator.from_pretrained("tiny", compile=False) as generator,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        generator.chat(CONVERSATIONS if way == "several" else CONVERSATIONS[0], GREEDY)
+    reasoning = [w for w in caught if "greedy decoding" in str(w.message)]
+    assert [w.filename for w in reasoning] == [__file__]
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_astream_chat_streams_the_reply_of_chat(generator, thinking):
+    params = SamplingParams(seed=2, max_tokens=30)
+
+    async def stream():
+        return [c async for c in generator.astream_chat(CONVERSATIONS[0], params, enable_thinking=thinking)]
+
+    chunks = asyncio.run(stream())
+    expected = generator.chat(CONVERSATIONS[0], params, enable_thinking=thinking)
+    assert "".join(chunk.text for chunk in chunks) == expected.text
+    assert chunks[-1].result.token_ids == expected.token_ids
+
+
+def test_astream_chat_raises_at_the_first_chunk(generator):
+    stream = generator.astream_chat([{"role": "user"}])
+    with pytest.raises(ValueError, match="messages"):
+        asyncio.run(anext(stream))
