@@ -74,6 +74,7 @@ class GenerationResult:
         malformed_tool_calls: blocks that begin as tool calls but cannot be parsed; they stay in the answer.
         logprobs: of each token, if asked for.
         prompt_logprobs: of each token of the prompt, if asked for; None for the first token, which follows nothing.
+        stop_reason: the stop string, or the id of stop_token_ids, that ended the reply; None for any other end.
         samples: all n replies if n > 1 was asked for; this result is the first of them.
     """
 
@@ -88,6 +89,7 @@ class GenerationResult:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     samples: list[GenerationResult] = field(default_factory=list)
+    stop_reason: str | int | None = None
 
     @classmethod
     def of_samples(cls, group: list[GenerationResult]) -> GenerationResult:

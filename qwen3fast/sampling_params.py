@@ -29,6 +29,7 @@ OTHER_NAMES = {
     "max_new_tokens": "max_tokens",
     "max_length": "max_tokens",
     "max_completion_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
     "do_sample": "temperature",
     "num_return_sequences": "n",
     "stop_strings": "stop",
@@ -62,6 +63,8 @@ class SamplingParams:
         min_p: keep tokens at least min_p times as likely as the most likely; 0 keeps all. [0.0]
         max_tokens: new tokens at most. None takes the preset's max_new_tokens as far as it fits, else it fills the
             context (max_seq_len).
+        min_tokens: the first min_tokens new tokens are no end-of-sequence ids and no stop_token_ids, and stop strings
+            in their text stay there. Not with json_schema, regex or grammar.
         stop: strings that end the text; never part of it. At most 1024.
         stop_token_ids: ids that end the text, in addition to the model's end-of-sequence ids.
         ignore_eos: continue after end-of-sequence ids.
@@ -114,6 +117,7 @@ class SamplingParams:
     thinking_budget: int | None = None
     grammar: str | None = None
     adapter: str | None = None
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Check every field, and bring numbers and collections to Python's own types."""
@@ -122,6 +126,9 @@ class SamplingParams:
         self._check_number("top_p", MIN_TOP_P, 1, allowed="above 0 and up to 1")
         self._check_number("min_p", 0, 1)
         self._check_integer("max_tokens", 1)
+        self._check_integer("min_tokens", 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
         self._check_integer("seed", -(2**63), 2**63 - 1)
         self._check_number("repetition_penalty", 1 / MAX_PENALTY, MAX_PENALTY, " (1 changes nothing)")
         self._check_number("presence_penalty", -2, 2)
@@ -246,6 +253,8 @@ class SamplingParams:
             if name != "json_schema" and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name} must be a non-empty string, got {value!r:.200}")
             self._set(name, checked_text(name, value) if isinstance(value, str) else to_plain(value, name))
+        if shapes and self.min_tokens:
+            raise ValueError(f"min_tokens must be 0 with {next(iter(shapes))}, got {self.min_tokens}")
         if len(shapes) > 1:
             (first, one), (second, other), *_ = shapes.items()
             raise ValueError(

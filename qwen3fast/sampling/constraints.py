@@ -181,6 +181,29 @@ class ThinkingBudget:
         return not is_possible or num_tokens <= self._tokens_left + opening
 
 
+class MinTokens:
+    """A reply of at least min_tokens tokens before one that would end it. stop_ids: the tokens that would."""
+
+    def __init__(self, min_tokens: int, stop_ids: Iterable[int]) -> None:
+        self._tokens_left, self._stop_ids = min_tokens, tuple(stop_ids)
+
+    def is_active(self) -> bool:
+        """Return whether the reply is too short to end."""
+        return self._tokens_left > 0
+
+    def fill_mask(self, words_W: np.ndarray) -> None:
+        """Clear the bits of the tokens that would end the reply; words_W as in TokenConstraint."""
+        words_W &= ~bits_of(self._stop_ids, len(words_W))
+
+    def accept(self, token: int) -> None:
+        """Count a token."""
+        self._tokens_left -= 1
+
+    def is_free_for(self, num_tokens: int) -> bool:
+        """Return whether the reply may end."""
+        return not self.is_active()
+
+
 class _ForcedTokens:
     """Tokens that must come one after the other."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from qwen3fast.engine.prompt_logprobs import WantedLogprobs
 from qwen3fast.engine.state import RowSampling
 from qwen3fast.model.config import ModelConfig
-from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint
+from qwen3fast.sampling.constraints import AfterReasoning, AllOf, MinTokens, ThinkingBudget, TokenConstraint
 from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.adapter_registry import AdapterRegistry
@@ -83,18 +83,21 @@ class RequestBuilder:
         first_seed = p.seed if p.seed is not None else secrets.randbits(63)
         seeds = [(first_seed + i + 2**63) % 2**64 - 2**63 for i in range(p.n)]  # 64-bit integers wrap around
         tracker = self._reasoning.tracker_after(whole_ids)
-        constraint = self._constraint_maker(p, whole_ids, tracker)
         ends_at_eos = not p.ignore_eos or p.is_structured  # nothing may follow these
+        eos_ids = self._eos_ids if ends_at_eos else frozenset()
+        stop_ids = eos_ids | frozenset(p.stop_token_ids or ())
+        constraint = self._constraint_maker(p, whole_ids, tracker, stop_ids)
         template = self._tokenizer.chat_template if self._tokenizer is not None else None
         call_format = call_format_of(template, read_tools(tools))
         handles = []
         for index, seed in enumerate(seeds):
-            stream = TextStream(self._tokenizer, tuple(p.stop or ()), tracker)
+            stream = TextStream(self._tokenizer, tuple(p.stop or ()), tracker, p.min_tokens)
             request = Request(
                 prompt_ids=ids,
                 sampling=RowSampling(p.temperature or 0.0, p.top_k or 0, p.top_p or 1.0, p.min_p or 0.0, seed),
                 max_tokens=max_tokens,
-                stop_ids=frozenset(p.stop_token_ids or ()) | (self._eos_ids if ends_at_eos else frozenset()),
+                stop_ids=stop_ids,
+                eos_ids=eos_ids,
                 on_token=stream.push,
                 repetition_penalty=p.repetition_penalty or 1.0,
                 presence_penalty=p.presence_penalty,
@@ -162,7 +165,7 @@ class RequestBuilder:
         return params
 
     def _constraint_maker(
-        self, p: SamplingParams, ids: list[int], tracker: ReasoningTracker
+        self, p: SamplingParams, ids: list[int], tracker: ReasoningTracker, stop_ids: frozenset[int]
     ) -> Callable[[], TokenConstraint | None]:
         """Return a function that makes a constraint for each reply, or None. tracker: in its state after the prompt."""
         grammar = None
@@ -172,7 +175,7 @@ class RequestBuilder:
                 grammar = compiler.json_schema(p.json_schema)
             else:
                 grammar = compiler.regex(p.regex) if p.regex is not None else compiler.lark(str(p.grammar))
-        if grammar is None and p.thinking_budget is None:
+        if grammar is None and p.thinking_budget is None and not p.min_tokens:
             return lambda: None
         reasoning = self._reasoning
         if p.thinking_budget is not None and not reasoning.has_tags:
@@ -188,6 +191,8 @@ class RequestBuilder:
                 if may_begin or separator_ids:
                     rule = AfterReasoning(rule, reasoning, tracker, separator_ids, self._eos_ids)
                 rules.append(rule)
+            if p.min_tokens:
+                rules.append(MinTokens(p.min_tokens, stop_ids))
             return rules[0] if len(rules) == 1 else AllOf(rules)
 
         return make

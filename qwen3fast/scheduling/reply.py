@@ -23,6 +23,8 @@ def result_of(request: Request, stream: TextStream, call_format: CallFormat) -> 
         reused_tokens=request.reused_tokens,
     )
     parsed = parse_tool_calls(stream.answer, call_format)
+    last = request.output_ids[-1] if request.output_ids and request.finish_reason == "stop" else None
+    stop_id = last if last in request.stop_ids - request.eos_ids else None
     return GenerationResult(
         stream.text,
         list(request.output_ids),
@@ -34,6 +36,7 @@ def result_of(request: Request, stream: TextStream, call_format: CallFormat) -> 
         parsed.malformed,
         logprobs_of(request, 0, len(request.output_ids)),
         prompt_logprobs_of(request),
+        stop_reason=stream.stop_string if stream.stop_string is not None else stop_id,
     )
 
 

@@ -43,6 +43,7 @@ class Request:
     By default, one token is chosen greedily.
 
     Attributes:
+        stop_ids: tokens that end the request. eos_ids: the ones that the model itself ends a reply with.
         on_token: called with each token that is not a stop id; returning True ends the request (a stop string).
         constraint: restricts the next token, at every token. logits_processor: see `SamplingParams`.
         logprobs: the number of most likely tokens to record beside the chosen one; None records no log-probabilities.
@@ -63,6 +64,7 @@ class Request:
     sampling: RowSampling = GREEDY
     max_tokens: int = 1
     stop_ids: frozenset[int] = frozenset()
+    eos_ids: frozenset[int] = frozenset()
     on_token: Callable[[int], bool] = lambda token: False
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0

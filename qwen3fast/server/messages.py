@@ -46,7 +46,7 @@ def to_message(wanted: MessagesRequest, finished: list[GenerationResult]) -> dic
     if text or not calls:
         content.append({"type": "text", "text": text})
     content += [_tool_use(call, call.arguments) for call in calls]
-    return {**wanted.envelope(content, _usage(result)), **_stop(wanted, result, bool(calls))}
+    return {**wanted.envelope(content, _usage(result)), **_stop(result, bool(calls))}
 
 
 def _tool_use(call: ToolCall, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -63,17 +63,12 @@ def _usage(result: GenerationResult) -> dict[str, int]:
     }
 
 
-def _stop(wanted: MessagesRequest, result: GenerationResult, has_calls: bool) -> dict[str, Any]:
+def _stop(result: GenerationResult, has_calls: bool) -> dict[str, Any]:
     """Return the fields of a message that say why it ended."""
     if result.finish_reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
-    stops = wanted.sampling.params.stop
-    if stops:
-        # The text ends before the stop string; the tokens contain it.
-        raw = wanted.tokenizer.decode(result.token_ids)
-        found = [(raw.find(stop), stop) for stop in stops if stop in raw]
-        if found:
-            return {"stop_reason": "stop_sequence", "stop_sequence": min(found)[1]}
+    if isinstance(result.stop_reason, str):
+        return {"stop_reason": "stop_sequence", "stop_sequence": result.stop_reason}
     return {"stop_reason": "tool_use" if has_calls else "end_turn", "stop_sequence": None}
 
 
@@ -129,7 +124,7 @@ async def _events(request: Request, wanted: MessagesRequest) -> AsyncGenerator[b
         news = [*blocks.text("thinking", delta.reasoning), *blocks.text("text", delta.content)]
         news += [each for call in delta.tool_calls for each in blocks.call(call)]
         if delta.result is not None:
-            end = _stop(wanted, delta.result, has_calls)
+            end = _stop(delta.result, has_calls)
             usage = _usage(delta.result)
             news += [*blocks.close(), _event({"type": "message_delta", "delta": end, "usage": usage})]
         for each in news:

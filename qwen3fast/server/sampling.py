@@ -69,7 +69,7 @@ def read_sampling(
     default_max_tokens: None allows the rest of the context. least_max_tokens: 0 allows requests for no token.
     Raises: ApiError (400) naming the field.
     """
-    refuse_unless(fields, min_tokens=0, bad_words=[], skip_special_tokens=True, include_stop_str_in_output=False)
+    refuse_unless(fields, bad_words=[], skip_special_tokens=True, include_stop_str_in_output=False)
     _refuse(fields, _INSTEAD)
     limits = [fields.integer(name, least_max_tokens, MAX_COUNT) for name in max_tokens_names]
     limit = next((limit for limit in limits if limit is not None), default_max_tokens)
@@ -80,6 +80,7 @@ def read_sampling(
         "top_k": _top_k(fields),
         "min_p": fields.number("min_p"),
         "max_tokens": 1 if limit == 0 else limit,
+        "min_tokens": fields.integer("min_tokens", 0, MAX_COUNT) or 0,
         "stop": _stop(fields),
         "stop_token_ids": fields.ids("stop_token_ids") or (),
         "ignore_eos": fields.flag("ignore_eos"),

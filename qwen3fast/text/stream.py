@@ -29,17 +29,28 @@ class TextStream:
     reply. Tags in other places, or written with other tokens, are ordinary text.
 
     text: everything, tags included. Stop strings count wherever they stand, in the reasoning also, and across the tags.
+    stop_string: the one that ended the reply.
     Without a tokenizer (random weights) everything stays empty; if the tokenizer lacks the tags, all is answer.
     Source: the model cards of Qwen3 (the tag's token id decides; both parts lose line breaks at their ends).
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, stop: tuple[str, ...] = (), tracker: ReasoningTracker | None = None
+        self,
+        tokenizer: Tokenizer | None,
+        stop: tuple[str, ...] = (),
+        tracker: ReasoningTracker | None = None,
+        min_tokens: int = 0,
     ) -> None:
-        """Begin a reply; tracker: in its state after the prompt, by default one that has seen nothing."""
+        """Begin a reply.
+
+        tracker: in its state after the prompt, by default one that has seen nothing. min_tokens: stop strings that end
+        within the first min_tokens tokens do not count.
+        """
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
         self._tracker = tracker.copy() if tracker is not None else ReasoningTracker(ReasoningFormat(tokenizer))
-        self._stop = stop
+        self._stop, self._tokens_left = stop, min_tokens
+        self._passed = 0  # stop strings that end up to here do not count
+        self.stop_string: str | None = None
         self._held_back = max((len(s) for s in stop), default=1) - 1
         self._shown = 0
         self.text = ""
@@ -98,10 +109,15 @@ class TextStream:
         # A stop string may have begun in text seen before, but not further back than its own length.
         search_from = max(0, len(self.text) - self._held_back)
         self.text += piece
-        found = [at for s in self._stop if (at := self.text.find(s, search_from)) >= 0]
+        if self._tokens_left > 0:
+            self._tokens_left, self._passed = self._tokens_left - 1, len(self.text)
+            return False
+        begins = {s: max(search_from, self._passed - len(s) + 1) for s in self._stop}
+        found = [(at, s) for s, begin in begins.items() if (at := self.text.find(s, begin)) >= 0]
         if not found:
             return False
-        self.text = self.text[: min(found)]
+        begin, self.stop_string = min(found)
+        self.text = self.text[:begin]
         self.is_finished = True
         return True
 

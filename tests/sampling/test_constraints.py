@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3fast.sampling.constraints import AfterReasoning, AllOf, ThinkingBudget, TokenConstraint, bits_of
+from qwen3fast.sampling.constraints import AfterReasoning, AllOf, MinTokens, ThinkingBudget, TokenConstraint, bits_of
 from qwen3fast.text.reasoning import ReasoningFormat, ReasoningTracker
 
 NUM_WORDS = 3
@@ -264,6 +264,13 @@ def test_thinking_budget_is_free_up_to_its_limit_and_once_it_is_over(max_tokens,
         constraint.accept(token)
     assert not constraint.is_free_for(1)
     constraint.accept(BREAK)
+    assert constraint.is_free_for(1000)
+
+
+def test_min_tokens_forbids_the_ends_of_the_reply_until_it_is_long_enough():
+    constraint = MinTokens(2, [5, OPEN])
+    assert not constraint.is_free_for(1)
+    assert steps(constraint, [7, 8, 5]) == [EVERY - {5, OPEN}, EVERY - {5, OPEN}, EVERY, EVERY]
     assert constraint.is_free_for(1000)
 
 

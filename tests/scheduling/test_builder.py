@@ -790,3 +790,45 @@ def test_a_regex_may_ask_for_a_tool_call(tiny):
         assert call.name in ("add", "sub")
         assert set(call.arguments) == {"a"}
         assert (result.answer, result.malformed_tool_calls) == ("", [])
+
+
+# Ends of replies
+
+
+def test_min_tokens_puts_off_ids_and_strings_that_end_a_reply(generator):
+    free = generator.generate(PROMPT, replace(GREEDY, max_tokens=30, ignore_eos=True))
+    first = free.token_ids[0]
+    short = generator.generate(PROMPT, replace(GREEDY, stop_token_ids=[first]))
+    assert (short.token_ids, short.finish_reason, short.stop_reason) == ([first], "stop", first)
+    for n in (1, 3):
+        later = generator.generate(PROMPT, replace(GREEDY, max_tokens=30, stop_token_ids=[first], min_tokens=n))
+        assert first not in later.token_ids[:n] and len(later.token_ids) > n
+        unending = generator.generate(PROMPT, replace(GREEDY, min_tokens=12))
+        assert len(unending.token_ids) == 12 and unending.finish_reason == "length"
+    text = generator.tokenizer.decode(free.token_ids[:1])
+    passed = generator.generate(PROMPT, replace(GREEDY, ignore_eos=True, stop=[text], min_tokens=1))
+    assert passed.text.startswith(text) and len(passed.token_ids) > 1
+
+
+def test_stop_reason_names_what_the_caller_chose(tiny):
+    params = SamplingParams(temperature=0, max_tokens=20)
+    reply = tiny.chat(QUESTION, params, enable_thinking=False)
+    assert (reply.text, reply.finish_reason, reply.stop_reason) == ("42", "stop", None)
+    reply = tiny.chat(QUESTION, replace(params, stop=["z", "2"]), enable_thinking=False)
+    assert (reply.text, reply.finish_reason, reply.stop_reason) == ("4", "stop", "2")
+    (two,) = tiny.tokenizer.encode("2")
+    for ignore_eos in (True, False):
+        of_id = replace(params, stop_token_ids=[two], ignore_eos=ignore_eos)
+        assert tiny.chat(QUESTION, of_id, enable_thinking=False).stop_reason == two
+    assert tiny.chat(QUESTION, replace(params, max_tokens=1), enable_thinking=False).stop_reason is None
+
+
+def test_min_tokens_is_refused_where_it_cannot_hold():
+    with pytest.raises(ValueError, match=r"min_tokens must be at most max_tokens \(3\), got 4"):
+        SamplingParams(max_tokens=3, min_tokens=4)
+    with pytest.raises(ValueError, match="min_tokens must be 0 with regex, got 1"):
+        SamplingParams(regex="a", min_tokens=1)
+    with pytest.raises(ValueError, match="min_tokens must be an integer from 0"):
+        SamplingParams(min_tokens=-1)
+    with pytest.raises(TypeError, match=r"SamplingParams\(min_tokens=\.\.\.\)"):
+        SamplingParams(min_new_tokens=1)

@@ -209,6 +209,27 @@ def test_text_stream_pieces_joined_are_the_text(pieces, stop):
     assert "".join(shown) == stream.text
 
 
+@given(pieces=st.lists(letters, max_size=8), stop=stops, min_tokens=st.integers(0, 4))
+def test_text_stream_passes_stop_strings_that_end_within_the_first_tokens(pieces, stop, min_tokens):
+    tokenizer = Pieces(pieces)
+    stream = TextStream(tokenizer, stop, min_tokens=min_tokens)
+    pushed = 0
+    for piece in pieces:
+        pushed += 1
+        if stream.push(tokenizer.id_of(piece)):
+            break
+    whole, passed = "".join(pieces), len("".join(pieces[:min_tokens]))
+    ends = [(at, s) for s in stop for at in range(len(whole)) if whole.startswith(s, at) and at + len(s) > passed]
+    # The token that completes a stop string decides first, then where the string begins.
+    lengths = [len("".join(pieces[:n])) for n in range(len(pieces) + 1)]
+    done = [(next(n for n, length in enumerate(lengths) if length >= at + len(s)), at, s) for at, s in ends]
+    if not done:
+        assert (stream.text, stream.stop_string) == (whole, None)
+        return
+    token, begin, string = min(done)
+    assert (pushed, stream.text, stream.stop_string) == (token, whole[:begin], string)
+
+
 @given(pieces=st.lists(letters, max_size=8), stop=stops)
 def test_text_stream_never_holds_a_stop_string(pieces, stop):
     _, stream, _ = run(pieces, stop)
