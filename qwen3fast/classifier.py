@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3fast.checkpoint.score_head import ARCHITECTURE, ScoreHead, find_score_head
-from qwen3fast.engine.last_token import TextFrame, checked_texts, last_states
+from qwen3fast.engine.last_token import TextFrame, checked_texts
 from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ class Classifier(TextModel):
         """
         texts = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
         rows = [self._frame.token_ids(text, self.max_length, f"texts[{i}]") for i, text in enumerate(texts)]
-        return on_live_threads(lambda: last_states(self.model, rows, batch_size, progress) @ self._head_LE.T)
+        return on_live_threads(lambda: self._reader.last_states(rows, batch_size, progress) @ self._head_LE.T)
 
     def probabilities(self, texts: str | Iterable[str], *, batch_size: int = 8, progress: bool = False) -> Tensor:
         """Return the probability of each label for each text, (N, L) float32.

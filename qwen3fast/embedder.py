@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen3fast.checkpoint.sentence_transformers import SentenceSettings, find_sentence_settings
 from qwen3fast.checks import checked_flag, checked_integer, checked_text
-from qwen3fast.engine.last_token import TextFrame, checked_texts, last_states, token_id
+from qwen3fast.engine.last_token import TextFrame, checked_texts, token_id
 from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.text.tokenizer import Tokenizer
@@ -129,7 +129,7 @@ class Embedder(TextModel):
 
         def compute() -> Tensor:
             is_mean = self._settings.pooling == "mean"
-            vectors_NE = last_states(self.model, rows, batch_size, progress, is_mean=is_mean)[:, :dimensions]
+            vectors_NE = self._reader.last_states(rows, batch_size, progress, is_mean=is_mean)[:, :dimensions]
             return F.normalize(vectors_NE, dim=-1) if normalize else vectors_NE.contiguous()
 
         return on_live_threads(compute)

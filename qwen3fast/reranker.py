@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen3fast.checkpoint.score_head import ScoreHead, find_score_head
 from qwen3fast.checks import checked_text
-from qwen3fast.engine.last_token import checked_texts, last_states, token_id
+from qwen3fast.engine.last_token import checked_texts, token_id
 from qwen3fast.engine.threads import on_live_threads
 from qwen3fast.model import Qwen3
 from qwen3fast.quantization.layers import QuantizedLinear
@@ -95,7 +95,7 @@ class Reranker(TextModel):
         return on_live_threads(self._score, rows, batch_size, progress)
 
     def _score(self, rows: list[list[int]], batch_size: int, progress: bool) -> list[float]:
-        states_NE = last_states(self.model, rows, batch_size, progress)
+        states_NE = self._reader.last_states(rows, batch_size, progress)
         logits_NL = states_NE @ self._rows_LE.T
         is_single = len(self._rows_LE) == 1
         scores_N = torch.sigmoid(logits_NL[:, 0]) if is_single else torch.softmax(logits_NL, dim=-1)[:, 1]

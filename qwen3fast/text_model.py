@@ -11,6 +11,7 @@ import torch
 from qwen3fast.checkpoint.metadata import read_tokenizer
 from qwen3fast.checkpoint.source import resolve_source
 from qwen3fast.checks import checked_integer, checked_source
+from qwen3fast.engine.last_token import TextReader
 from qwen3fast.engine.threads import on_live_threads, use_threads
 from qwen3fast.loading import load_model
 from qwen3fast.model import Qwen3
@@ -34,6 +35,7 @@ class TextModel:
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         most = model.config.longest_context
         given = min(MAX_LENGTH, most) if max_length is None else max_length
+        self._reader = TextReader(model)
         self.max_length = checked_integer("max_length", given, 1, most, " (the model's max_position_embeddings)")
 
     @classmethod
