@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             reply = generator.chat(messages, params, tools=TOOLS, enable_thinking=False)
             if not reply.tool_calls:
                 break
-            calls = [{"function": {"name": c.name, "arguments": c.arguments}} for c in reply.tool_calls]
-            messages.append({"role": "assistant", "content": reply.answer, "tool_calls": calls})
+            messages.append(reply.to_message())
             for c in reply.tool_calls:
                 result = call(c.name, c.arguments)
                 print(f"the model calls {c.name}({c.arguments}); the result is {result}")

@@ -12,6 +12,7 @@ from qwen3fast.checks import checked_flag, checked_text
 from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.scheduling.builder import RequestBuilder
+from qwen3fast.scheduling.handle import RequestHandle
 from qwen3fast.scheduling.prompt import Overflow, fitting_text
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.reasoning import BEGIN_REASONING
@@ -28,6 +29,7 @@ class ChatMethods:
     generate: Callable[..., Any]
     stream: Callable[..., Iterator[StreamChunk]]
     astream: Callable[..., Any]
+    submit: Callable[..., RequestHandle]
     _builder: RequestBuilder
 
     _has_warned_greedy_reasoning = False
@@ -82,23 +84,30 @@ class ChatMethods:
         Returns: one result for one conversation, otherwise a list in their order.
         Raises: ValueError without a chat template or for malformed messages; otherwise as `generate`.
         """
-        is_single = not (messages and isinstance(messages[0], list | tuple))
-        conversations = [messages] if is_single else messages
+        is_many = isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list | tuple)
+        conversations = messages if is_many else [messages]
         each = list(params) if isinstance(params, list | tuple) else [params] * len(conversations)
         if len(each) != len(conversations):
             raise ValueError(
                 f"got {len(each)} SamplingParams for {len(conversations)} conversations; pass one, or one for each"
             )
-        prompts = []
+        prompts: list[Any] = []
         for i, conversation in enumerate(conversations):
-            prompt = self.render(conversation, each[i], enable_thinking, tools, continue_final_message, on_overflow)
+            about = (enable_thinking, tools, continue_final_message, on_overflow)
+            try:
+                prompt, each[i] = self._turn(conversation, each[i], *about)
+            except ValueError as err:
+                if not is_many:
+                    raise
+                raise ValueError(f"conversations[{i}]: {err}") from err
             prompts.append(prompt)
-            if not enable_thinking and not continue_final_message:
-                each[i] = self._builder.without_reasoning(each[i], prompt)
-        replies: list[GenerationResult] = self.generate(
-            prompts, each, on_overflow=on_overflow, progress=progress, tools=tools
-        )
-        return replies[0] if is_single else replies
+        prompt, given = (prompts, each) if is_many else (prompts[0], each[0])
+        replies = self.generate(prompt, given, on_overflow=on_overflow, progress=progress, tools=tools)
+        for reply in replies if is_many else [replies]:
+            if reply.finish_reason == "length" and reply.reasoning and not reply.answer:
+                limits = "thinking_budget limits the reasoning; max_tokens and max_seq_len limit the reply"
+                warnings.warn(f"the reply ended inside its reasoning, without an answer; {limits}", stacklevel=3)
+        return replies  # type: ignore[no-any-return]
 
     @takes_params
     def stream_chat(
@@ -115,9 +124,8 @@ class ChatMethods:
 
         Raises: ValueError at the call without a chat template or for malformed messages; otherwise as `stream`.
         """
-        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message, on_overflow)
-        if not enable_thinking and not continue_final_message:
-            params = self._builder.without_reasoning(params, prompt)
+        about = (enable_thinking, tools, continue_final_message, on_overflow)
+        prompt, params = self._turn(messages, params, *about)
         return self.stream(prompt, params, on_overflow=on_overflow, tools=tools)
 
     @takes_params
@@ -136,12 +144,42 @@ class ChatMethods:
         Raises: ValueError at the first chunk without a chat template or for malformed messages; otherwise as `astream`.
         """
         about = (enable_thinking, tools, continue_final_message, on_overflow)
-        prompt = await asyncio.to_thread(self.render, messages, params, *about)
-        if not enable_thinking and not continue_final_message:
-            params = self._builder.without_reasoning(params, prompt)
+        prompt, params = await asyncio.to_thread(self._turn, messages, params, *about)
         async with aclosing(self.astream(prompt, params, on_overflow=on_overflow, tools=tools)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    @takes_params
+    def submit_chat(
+        self,
+        messages: list[Message],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool = True,
+        tools: Tools | None = None,
+        continue_final_message: bool | str = False,
+        on_overflow: Overflow = "error",
+        timeout: float | None = None,
+    ) -> RequestHandle:
+        """Start the reply to a conversation, with the chat template, and return at once; otherwise as `submit`."""
+        about = (enable_thinking, tools, continue_final_message, on_overflow)
+        prompt, params = self._turn(messages, params, *about)
+        return self.submit(prompt, params, on_overflow=on_overflow, timeout=timeout, tools=tools)
+
+    def _turn(
+        self,
+        messages: Any,
+        params: SamplingParams | None,
+        enable_thinking: bool,
+        tools: Tools | None,
+        continue_final_message: bool | str,
+        on_overflow: Overflow,
+    ) -> tuple[list[int], SamplingParams | None]:
+        """Return the prompt of a conversation, and the parameters of its reply."""
+        prompt = self.render(messages, params, enable_thinking, tools, continue_final_message, on_overflow)
+        if not enable_thinking and not continue_final_message:
+            params = self._builder.without_reasoning(params, prompt)
+        return prompt, params
 
     def render(
         self,
@@ -162,6 +200,8 @@ class ChatMethods:
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so it cannot chat")
+        if not isinstance(params, SamplingParams | None):
+            raise ValueError(f"params must be a SamplingParams, got {type(params).__name__}")
         enable_thinking = checked_flag("enable_thinking", enable_thinking)  # templates read 0 as True
         temperature = (params or SamplingParams()).with_defaults(self.default_params).temperature
         text = self.tokenizer.apply_chat_template(
@@ -176,6 +216,6 @@ class ChatMethods:
             other = "; or pass enable_thinking=False (no --think)" if has_choice else ""
             warnings.warn(
                 f"greedy decoding (temperature 0) with reasoning can repeat endlessly; {advice}{other}",
-                stacklevel=4,  # of `chat`, past `takes_params`
+                stacklevel=5,  # of `chat`, past `takes_params`
             )
         return self.tokenizer.encode(fitting_text(text, self.tokenizer, max_seq_len or self.max_seq_len, on_overflow))

@@ -113,10 +113,5 @@ class ChatSession:
             yield chunk
 
     def _note(self, message: Message, prompt: list[int], handle: RequestHandle, result: GenerationResult) -> None:
-        reply: Message = {"role": "assistant", "content": result.answer}
-        if result.reasoning:
-            reply["reasoning_content"] = result.reasoning
-        if result.tool_calls:
-            reply["tool_calls"] = [call.to_message() for call in result.tool_calls]
-        self.messages += [message, reply]
+        self.messages += [message, result.to_message()]
         self._last, self._ids = handle, [*prompt, *result.token_ids]

@@ -37,6 +37,13 @@ OTHER_NAMES = {
     "tensor_parallel_size": "tensor_parallel",
     "enforce_eager": "compile=False",
     "enable_prefix_caching": "prefix_reuse",
+    "n_ctx": "max_seq_len",
+    "n_threads": "threads",
+    "load_in_4bit": 'quantization="int4"',
+    "load_in_8bit": 'quantization="int8"',
+    "hf_overrides": "rope_scaling or generation_config",
+    "override_generation_config": "generation_config",
+    "gpu_memory_utilization": "max_batch_size and max_seq_len",
 }
 
 

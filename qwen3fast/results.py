@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qwen3fast.kernels.forms_file import Choice
 from qwen3fast.text.tool_calls import ToolCall
@@ -90,6 +91,15 @@ class GenerationResult:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     samples: list[GenerationResult] = field(default_factory=list)
     stop_reason: str | int | None = None
+
+    def to_message(self) -> dict[str, Any]:
+        """Return the reply as the assistant's message of a conversation: content, reasoning_content, tool_calls."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.answer}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.to_message() for call in self.tool_calls]
+        return message
 
     @classmethod
     def of_samples(cls, group: list[GenerationResult]) -> GenerationResult:

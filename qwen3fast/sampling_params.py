@@ -67,7 +67,7 @@ class SamplingParams:
             in their text stay there. Not with json_schema, regex or grammar.
         stop: strings that end the text; never part of it. At most 1024.
         stop_token_ids: ids that end the text, in addition to the model's end-of-sequence ids.
-        ignore_eos: continue after end-of-sequence ids.
+        ignore_eos: continue after end-of-sequence ids; without effect with json_schema, regex or grammar.
         seed: any integer of 64 bits; None draws one.
         repetition_penalty: logits of tokens in the prompt or the reply are divided by it where positive and multiplied
             where negative; above 1 discourages them. From 0.001 to 1000. [1.0]

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from qwen3fast import Generator, SamplingParams
+from qwen3fast import ChatSession, Generator, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30)
 CONVERSATIONS = [
@@ -66,6 +66,49 @@ def test_the_warning_of_greedy_reasoning_names_the_callers_line(way):
         generator.chat(CONVERSATIONS if way == "several" else CONVERSATIONS[0], GREEDY)
     reasoning = [w for w in caught if "greedy decoding" in str(w.message)]
     assert [w.filename for w in reasoning] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("messages", "params", "error"),
+    [
+        ({"role": "user", "content": "Hi"}, None, "messages"),
+        (iter(CONVERSATIONS[0]), None, "messages"),
+        ("Hi", None, "messages"),
+        (CONVERSATIONS[0], {"temperature": 0}, "params must be a SamplingParams, got dict"),
+        ([CONVERSATIONS[0], [{"role": "user"}]], None, r"conversations\[1\]: the chat template"),
+    ],
+)
+def test_wrong_arguments_are_named(generator, messages, params, error):
+    with pytest.raises(ValueError, match=error):
+        generator.chat(messages, params)
+
+
+def test_a_single_conversation_that_is_too_long_has_no_number(generator):
+    with pytest.raises(ValueError, match=r"^prompt") as caught:
+        generator.chat([{"role": "user", "content": "a b " * 9000}], GREEDY)
+    assert "prompts[0]" not in str(caught.value)
+
+
+def test_a_reply_that_ends_in_its_reasoning_is_warned_of(generator):
+    with pytest.warns(UserWarning, match="ended inside its reasoning, without an answer; thinking_budget") as caught:
+        reply = generator.chat(CONVERSATIONS[0], SamplingParams(seed=0, max_tokens=5))
+    assert reply.reasoning and not reply.answer and [w.filename for w in caught] == [__file__]
+
+
+def test_a_reply_as_a_message_is_what_a_session_keeps(generator):
+    session = ChatSession(generator)
+    reply = session.send("What is 17 + 25?", SamplingParams(seed=1, max_tokens=60))
+    assert reply.to_message() == session.messages[-1] and reply.to_message()["reasoning_content"] == reply.reasoning
+    assert generator.chat([*session.messages, *CONVERSATIONS[0]], GREEDY).token_ids
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_submit_chat_starts_the_reply_of_chat(generator, thinking):
+    params = SamplingParams(seed=2, max_tokens=30)
+    handle = generator.submit_chat(CONVERSATIONS[0], params, enable_thinking=thinking, timeout=0)
+    expected = generator.chat(CONVERSATIONS[0], params, enable_thinking=thinking)
+    assert handle.result().token_ids == expected.token_ids
+    assert asyncio.run(generator.submit_chat(CONVERSATIONS[0], GREEDY).aresult()).token_ids
 
 
 @pytest.mark.parametrize("thinking", [True, False])

@@ -164,6 +164,20 @@ def test_chat_keeps_the_history_until_reset(monkeypatch, capsys):
     assert "(conversation forgotten)" in captured.err and "commands: /reset, /exit" in captured.err
 
 
+def test_a_reply_that_is_cut_is_said_to_be(capsys, monkeypatch):
+    question = "What is 17 + 25?"
+    command = ["generate", question, "--compile", "never", "--temperature", "0"]
+    assert main([*command, "--think", "--max-tokens", "5"]) == 0
+    assert "(cut inside the reasoning after 5 tokens: --max-seq-len" in capsys.readouterr().err
+    assert main([*command, "--raw", "--max-tokens", "2"]) == 0  # as long as was asked for
+    assert "cut" not in capsys.readouterr().err
+    assert main(["generate", "Once upon a time", *command[2:], "--raw", "--max-seq-len", "16"]) == 0
+    assert re.search(r"\(cut after \d+ tokens: ", capsys.readouterr().err)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n"))
+    assert main(["chat", "--compile", "never", "--temperature", "0", "--think", "--max-seq-len", "48"]) == 0
+    assert "(cut inside the reasoning after" in capsys.readouterr().err
+
+
 def test_chat_ends_with_its_input(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 38 + 57?\n"))
     assert main(["chat", "--temperature", "0"]) == 0

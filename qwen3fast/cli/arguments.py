@@ -15,6 +15,7 @@ from qwen3fast.cli.console import checked_argument
 from qwen3fast.engine.compile import CompileMode
 from qwen3fast.generator import Generator
 from qwen3fast.options import GeneratorOptions, add_loading_arguments
+from qwen3fast.results import GenerationResult
 from qwen3fast.sampling_params import SamplingParams
 
 COMPILE_MODES: dict[str, CompileMode] = {"auto": "auto", "always": True, "never": False}
@@ -106,6 +107,15 @@ def open_generator(args: argparse.Namespace) -> Generator:
     if args.compile == "always":
         generator.warmup(progress=has_terminal)
     return generator
+
+
+def note_cut(result: GenerationResult, args: argparse.Namespace) -> None:
+    """Say on standard error that a reply was cut, unless it is just as long as was asked for."""
+    in_reasoning = bool(result.reasoning) and not result.answer
+    if result.finish_reason == "length" and (in_reasoning or args.max_tokens is None):
+        where = " inside the reasoning" if in_reasoning else ""
+        limits = "--max-seq-len (prompt and reply) and --max-tokens limit it"
+        print(f"(cut{where} after {result.metrics.new_tokens} tokens: {limits})", file=sys.stderr)
 
 
 def _model(text: str) -> str:

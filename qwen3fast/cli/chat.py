@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from qwen3fast.cli.arguments import add_model_arguments, add_sampling_arguments, open_generator, sampling_params
+from qwen3fast.cli.arguments import (
+    add_model_arguments,
+    add_sampling_arguments,
+    note_cut,
+    open_generator,
+    sampling_params,
+)
 from qwen3fast.cli.console import checked_argument, read_line
 from qwen3fast.generator import Generator
 from qwen3fast.sampling_params import SamplingParams
@@ -48,13 +54,16 @@ def _reply(
     generator: Generator, messages: list[Message], params: SamplingParams, args: argparse.Namespace
 ) -> str | None:
     """Stream one reply. Returns: its text, or None if it failed or was interrupted (the turn is then forgotten)."""
-    text = ""
+    text, result = "", None
     try:
         options = {"enable_thinking": args.think, "on_overflow": args.on_overflow}
         for chunk in generator.stream_chat(messages, params, **options):
             print(chunk.text, end="", flush=True)
             text += chunk.text
+            result = chunk.result
         print(flush=True)
+        if result is not None:
+            note_cut(result, args)
         return text
     except KeyboardInterrupt:
         print("\n(interrupted; this turn is forgotten)", file=sys.stderr)

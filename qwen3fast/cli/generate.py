@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from qwen3fast.cli.arguments import add_model_arguments, add_sampling_arguments, open_generator, sampling_params
+from qwen3fast.cli.arguments import (
+    add_model_arguments,
+    add_sampling_arguments,
+    note_cut,
+    open_generator,
+    sampling_params,
+)
 from qwen3fast.cli.console import checked_argument, read_input
 from qwen3fast.results import GenerationResult
 
@@ -40,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
             print(chunk.text, end="", flush=True)
             result = chunk.result
         print(flush=True)
-        if args.stats and result is not None:
+        assert result is not None, "the last chunk has it"
+        note_cut(result, args)
+        if args.stats:
             print(_speed(result), file=sys.stderr)
     return 0
 

@@ -64,6 +64,9 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         raise ValueError(f"--revision is for a single model, got {len(specs)}; download them first, and name folders")
     # All files are found, or downloaded, before the first model loads.
     bases = {source: _base_of_adapter(source) or source for _, _, source in specs}
+    for kind, _, source in specs:
+        if kind is not Generator and bases[source] != source:
+            raise ValueError(f"{source} is a LoRA adapter; only --model merges one. Merge it into a checkpoint first")
     found = {s: b if b.startswith("random:") else resolve_source(b, args.revision) for s, b in bases.items()}
     same = ("max_batch_size", "max_seq_len", "max_queue", "kv_cache_dtype", "threads")
     of_generators: dict[str, Any] = {
@@ -81,7 +84,8 @@ def load_models(args: argparse.Namespace) -> dict[str, AnyModel]:
         options["calibrate"] = False if args.no_calibrate else None
         if bases[source] != source:
             options["adapter"] = source
-        model = kind.from_pretrained(found[source], **options, **(of_generators if kind is Generator else {}))
+        own = of_generators if kind is Generator else {"threads": args.threads}
+        model = kind.from_pretrained(found[source], **options, **own)
         models[name] = model
         if isinstance(model, Generator) and (args.warmup or (args.warmup is None and model.device.type == "cuda")):
             logger.info("compiling for this machine; the first start can take minutes")

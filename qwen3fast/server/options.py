@@ -25,7 +25,8 @@ class ServerOptions:
             at once. At high speed several tokens share an event; 0 sends each token when it comes.
         compile_timeout_s: a JSON schema or regular expression that takes longer to compile is refused.
         log_prompts: write prompts and replies to the log; otherwise the log holds no text of users.
-        enable_thinking: replies to conversations may begin with reasoning, where a request does not say.
+        enable_thinking: replies to chat completions and responses may begin with reasoning, where a request does not
+            say. (Messages reason only if asked to.)
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)

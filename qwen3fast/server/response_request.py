@@ -16,6 +16,11 @@ from qwen3fast.server.sampling import REASONING_BUDGETS, Sampling, checked_param
 from qwen3fast.server.store import ResponseStore
 
 WITHOUT_EFFECT = ("user", "service_tier", "include", "safety_identifier", "prompt_cache_key")
+UNSUPPORTED = {
+    "conversation": "send the messages, or previous_response_id",
+    "prompt": "send its text as instructions",
+    "max_tool_calls": "there are no tools that the server runs itself",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ def read_response_request(store: ResponseStore, fields: Fields, served: ServedMo
     history = list(store.get(previous).messages) if previous is not None else []
     messages = [*history, *_read_input(fields)]
     fields.take(*WITHOUT_EFFECT)
+    for name, instead in UNSUPPORTED.items():
+        if fields.raw(name) is not None:
+            raise fields.error(name, f"is not supported; {instead}", "unsupported")
     if fields.flag("background"):
         raise fields.error("background", "responses in the background are not supported", "unsupported")
     prompt = [{"role": "system", "content": instructions}, *messages] if instructions else messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -31,8 +32,12 @@ async def tokenize(request: Request) -> Response:
         if fields.raw("messages") is None:
             raise fields.error("prompt", "one of prompt and messages is required", "missing_required_parameter")
         messages, (tools, _) = read_messages(fields), read_tools(fields)
-        add = fields.flag("add_generation_prompt", True)
-        text = str(await asyncio.to_thread(tokenizer.apply_chat_template, messages, tools, add))
+        add, template = fields.flag("add_generation_prompt", True), fields.object("chat_template_kwargs")
+        asked = (
+            template.flag("enable_thinking", served.enable_thinking) if template is not None else served.enable_thinking
+        )
+        render = partial(tokenizer.apply_chat_template, messages, tools, add, enable_thinking=asked)
+        text = str(await asyncio.to_thread(render))
     try:
         fitting_text(text, tokenizer, COUNTED_LENGTHS * served.max_length, None)
     except ValueError as err:

@@ -67,6 +67,21 @@ def test_reasoning_that_the_template_opens_all_the_same_is_closed_at_once(
 
 
 @pytest.mark.parametrize("thinks", [True, False])
+def test_tokenize_counts_the_prompt_that_chat_sends(tiny_generator, thinks):  # noqa: F811
+    app = create_app({"tiny": tiny_generator}, ServerOptions(enable_thinking=thinks))
+    for kwargs, expected in (({}, thinks), ({"enable_thinking": True}, True), ({"enable_thinking": False}, False)):
+        body = {"messages": CHAT["messages"], "chat_template_kwargs": kwargs}
+        _, found = asyncio.run(call(app, "/tokenize", body))
+        assert found["tokens"] == tiny_generator.render(CHAT["messages"], enable_thinking=expected)
+
+
+@pytest.mark.parametrize("field", ["conversation", "prompt", "max_tool_calls"])
+def test_a_response_refuses_what_would_change_its_reply(client, field):
+    reply = client.post("/v1/responses", json={"input": "a", "max_output_tokens": 1, field: "x"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
 @pytest.mark.parametrize(
     ("more", "asked"),
     [
