@@ -15,6 +15,7 @@ from qwen3fast._version import __version__
 _MODULES = {
     "ChatSession": "chat_session",
     "Classifier": "classifier",
+    "ContextLengthError": "scheduling.prompt",
     "ContinuationScore": "results",
     "Embedder": "embedder",
     "GenerationResult": "results",

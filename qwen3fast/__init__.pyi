@@ -17,4 +17,5 @@ from qwen3fast.results import TokenLogprobs as TokenLogprobs
 from qwen3fast.sampling_params import SamplingParams as SamplingParams
 from qwen3fast.scheduling.admission import QueueFullError as QueueFullError
 from qwen3fast.scheduling.handle import RequestHandle as RequestHandle
+from qwen3fast.scheduling.prompt import ContextLengthError as ContextLengthError
 from qwen3fast.text.tool_calls import ToolCall as ToolCall

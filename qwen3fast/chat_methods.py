@@ -13,7 +13,7 @@ from qwen3fast.results import GenerationResult, StreamChunk
 from qwen3fast.sampling_params import SamplingParams, takes_params
 from qwen3fast.scheduling.builder import RequestBuilder
 from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.scheduling.prompt import Overflow, fitting_text
+from qwen3fast.scheduling.prompt import Overflow, fitting_text, of_kind
 from qwen3fast.text.chat_template import Tools
 from qwen3fast.text.reasoning import BEGIN_REASONING
 from qwen3fast.text.tokenizer import Message, Tokenizer
@@ -99,7 +99,7 @@ class ChatMethods:
             except ValueError as err:
                 if not is_many:
                     raise
-                raise ValueError(f"conversations[{i}]: {err}") from err
+                raise of_kind(err)(f"conversations[{i}]: {err}") from err
             prompts.append(prompt)
         prompt, given = (prompts, each) if is_many else (prompts[0], each[0])
         replies = self.generate(prompt, given, on_overflow=on_overflow, progress=progress, tools=tools)

@@ -202,9 +202,9 @@ class Generator(ChatMethods, AdapterMethods):
         Returns: one result for one prompt, otherwise a list in the order of the prompts. A prompt gets the same reply
         in a batch as alone, except by rounding. With n > 1, a result is the first of its `samples`; with a seed, sample
         i uses seed + i.
-        Raises: ValueError for bad prompts or parameters, before anything runs; FloatingPointError for NaN logits;
-        ImportError for structured output without its package; RuntimeError after `close`, in the Generator's own
-        thread, or in a process forked after its first use.
+        Raises: ValueError for bad prompts or parameters (ContextLengthError for prompts that are too long), before
+        anything runs; FloatingPointError for NaN logits; ImportError for structured output without its package;
+        RuntimeError after `close`, in the Generator's own thread, or in a process forked after its first use.
         """
         checked_flag("use_cache", use_cache)
         checked_flag("progress", progress)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from qwen3fast import ChatSession, Generator, SamplingParams
+from qwen3fast import ChatSession, ContextLengthError, Generator, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30)
 CONVERSATIONS = [
@@ -84,9 +84,17 @@ def test_wrong_arguments_are_named(generator, messages, params, error):
 
 
 def test_a_single_conversation_that_is_too_long_has_no_number(generator):
-    with pytest.raises(ValueError, match=r"^prompt") as caught:
-        generator.chat([{"role": "user", "content": "a b " * 9000}], GREEDY)
+    long = [{"role": "user", "content": "a b " * 9000}]
+    with pytest.raises(ContextLengthError, match=r"^prompt") as caught:
+        generator.chat(long, GREEDY)
     assert "prompts[0]" not in str(caught.value)
+    with pytest.raises(ContextLengthError, match=r"^prompts\[1\]: prompt"):
+        generator.chat([CONVERSATIONS[0], long], GREEDY)
+    for prompts in ("a b " * 9000, ["a", "a b " * 9000], [[1] * 4097]):
+        with pytest.raises(ContextLengthError):
+            generator.generate(prompts, GREEDY)
+    with pytest.raises(ContextLengthError, match="continuation"):
+        generator.score([1] * 4000, [2] * 97)
 
 
 def test_a_reply_that_ends_in_its_reasoning_is_warned_of(generator):

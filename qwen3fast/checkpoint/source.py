@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -25,7 +26,7 @@ TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # not ./folder
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
-NO_SAFETENSORS = "of .gguf files, download one and pass its path; of other files, look for a converted checkpoint"
+NO_SAFETENSORS = "of .gguf files, name one (NAME:Q4_K_M); of other files, look for a converted checkpoint"
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 # The sampling preset, and the tokenizer without VOCAB_FILES, which only older ones need.
@@ -55,17 +56,21 @@ ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a checkpoint: "tiny", an existing folder, or a hub id (downloaded, or found cached).
 
-    A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors. Local
-    checkpoints have no revisions: one that is given is ignored, with a warning.
+    A GGUF file stands for itself, and for a folder that holds it alone (or its parts) and no safetensors. On the hub,
+    "OWNER/NAME:Q4_K_M" names the GGUF file (or its parts) with that format in its name, and "OWNER/NAME:FILE.gguf" a
+    file. Local checkpoints have no revisions: one that is given is ignored, with a warning.
 
     Downloads show huggingface_hub's progress bars and follow HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A broken connection
     is resumed; after a failed download, the next call keeps the files that were complete (recent versions of
     huggingface_hub start the incomplete one again).
 
     Raises: FileNotFoundError if nothing of that name exists, it holds an adapter alone, it has no safetensors on the
-    hub, or the hub cannot be reached and no copy is cached; ValueError for a folder with several GGUF files.
+    hub, or the hub cannot be reached and no copy is cached; ValueError for several GGUF files.
     """
-    expected = "a local folder, a hub id such as 'Qwen/Qwen3-0.6B', a .gguf file, 'tiny', or 'random:0.6b'"
+    expected = (
+        "a local folder, a hub id such as 'Qwen/Qwen3-0.6B' (or 'Qwen/Qwen3-0.6B-GGUF:Q8_0'), a .gguf file, 'tiny', or "
+        "'random:0.6b'"
+    )
     if not str(source):
         raise FileNotFoundError(f"the name of the model is empty; expected {expected}")
     folder = TINY_FOLDER if str(source) == "tiny" else Path(source).expanduser()
@@ -81,6 +86,9 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(
             f"{folder} is a file; expected the folder that holds config.json and the weights, or a .gguf file"
         )
+    name, _, format = str(source).partition(":")
+    if format and HUB_ID.fullmatch(name):
+        return _gguf_on_hub(name, format, revision)
     if not HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(
             f"no {'file' if folder.suffix.lower() == '.gguf' else 'folder'} {str(source)!r}; expected {expected}"
@@ -127,6 +135,25 @@ def not_on_hub(name: str, error: Exception) -> FileNotFoundError:
         )
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     return FileNotFoundError(f"{name} is neither a local folder nor available from the hub ({reason}); {advice}")
+
+
+def _gguf_on_hub(name: str, format: str, revision: str | None) -> Path:
+    """Return the GGUF file of a hub id, or the first of its parts. format: in the file's name, or the name itself."""
+    is_file = format.lower().endswith(".gguf")
+    patterns = [format] if is_file else [f"*{x}*.gguf" for x in dict.fromkeys((format, format.upper(), format.lower()))]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HUB_ERRORS as err:
+        raise not_on_hub(repr(name), err) from err
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf"))
+    found = [x for x in names if any(fnmatchcase(x, each) for each in patterns) and not LATER_PART.search(x)]
+    if not found:
+        raise FileNotFoundError(f"{name!r} has no file {patterns[0]!r} on the hub; see its list of files there")
+    if len(found) > 1:
+        raise ValueError(
+            f"{name} has several files {patterns[0]!r}: {', '.join(found)}; pass {name}:{found[0]} or another"
+        )
+    return folder / found[0]
 
 
 def _gguf_inside(folder: Path) -> Path | None:

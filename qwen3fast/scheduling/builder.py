@@ -16,7 +16,7 @@ from qwen3fast.sampling.grammar import GrammarCompiler
 from qwen3fast.sampling_params import SamplingParams
 from qwen3fast.scheduling.adapter_registry import AdapterRegistry
 from qwen3fast.scheduling.handle import RequestHandle
-from qwen3fast.scheduling.prompt import Overflow, fit_context, prompt_to_ids
+from qwen3fast.scheduling.prompt import ContextLengthError, Overflow, fit_context, prompt_to_ids
 from qwen3fast.scheduling.request import Request
 from qwen3fast.scheduling.worker import EngineWorker
 from qwen3fast.text.chat_template import Tools, read_tools
@@ -139,7 +139,7 @@ class RequestBuilder:
         needed = len(ids) + len(continuation_ids) + 1
         if needed > self._max_seq_len:
             can_grow = needed <= self._longest_context
-            raise ValueError(
+            raise ContextLengthError(
                 f"prompt ({len(ids)} tokens) + continuation ({len(continuation_ids)} tokens) + 1 = {needed} exceeds "
                 f"max_seq_len {self._max_seq_len}; shorten one"
                 + (f", or set max_seq_len to {needed} or more" if can_grow else "")
@@ -170,7 +170,7 @@ class RequestBuilder:
         """Return a function that makes a constraint for each reply, or None. tracker: in its state after the prompt."""
         grammar = None
         if p.is_structured:
-            compiler = self._grammar_compiler()
+            compiler = self.grammar_compiler()
             if p.json_schema is not None:
                 grammar = compiler.json_schema(p.json_schema)
             else:
@@ -197,7 +197,11 @@ class RequestBuilder:
 
         return make
 
-    def _grammar_compiler(self) -> GrammarCompiler:
+    def grammar_compiler(self) -> GrammarCompiler:
+        """Return the compiler of schemas, patterns and grammars. The first call builds it, which takes a second.
+
+        Raises: ValueError without a tokenizer; ImportError without the package.
+        """
         if self._tokenizer is None:
             raise ValueError("json_schema, regex and grammar need a tokenizer, which this model does not have")
         with self._compiling:

@@ -16,6 +16,10 @@ ACCEPTED = "a prompt must be a string or token ids (a list, another iterable, or
 REPLY_SHARE = 1 / 4
 
 
+class ContextLengthError(ValueError):
+    """A prompt that does not fit `max_seq_len`, alone or together with the reply that was asked for."""
+
+
 def read_prompts(prompts: Any, name: str = "prompts") -> tuple[list[str | list[Any]], bool]:
     """Read the prompts of `generate`: one prompt, or any iterable of prompts. Iterables are read once.
 
@@ -56,8 +60,13 @@ def build_each(build: Callable[..., Built], prompts: Iterable[tuple[Any, ...]], 
         except ValueError as err:
             if is_single:
                 raise
-            raise ValueError(f"prompts[{i}]: {err}") from err
+            raise of_kind(err)(f"prompts[{i}]: {err}") from err
     return built
+
+
+def of_kind(error: ValueError) -> type[ValueError]:
+    """Return the public class of an error, for one that says more."""
+    return ContextLengthError if isinstance(error, ContextLengthError) else ValueError
 
 
 def fitting_text(
@@ -66,16 +75,18 @@ def fitting_text(
     """Return a text that is not surely too long to fit: encoding a long one takes memory and holds up all threads.
 
     on_overflow: "cut" leaves an end that is surely longer than what fits; None is "error" where "cut" is no choice.
-    Raises: ValueError for "error" and None.
+    Raises: ContextLengthError for "error" and None.
     """
     if on_overflow == "cut":
         return tokenizer.long_end(text, max_seq_len)
     if len(text) <= tokenizer.max_chars(text, max_seq_len):
         return text
     if on_overflow is None:
-        raise ValueError(f"{name} ({len(text):,} characters) has more than {max_seq_len} tokens; shorten it")
-    raise ValueError(f"{name} ({len(text):,} characters, so more than {max_seq_len} tokens) exceeds max_seq_len "
-                     f"{max_seq_len}; shorten it, or pass on_overflow='cut' (--on-overflow cut)")  # fmt: skip
+        raise ContextLengthError(f"{name} ({len(text):,} characters) has more than {max_seq_len} tokens; shorten it")
+    raise ContextLengthError(
+        f"{name} ({len(text):,} characters, so more than {max_seq_len} tokens) exceeds max_seq_len {max_seq_len}; "
+        "shorten it, or pass on_overflow='cut' (--on-overflow cut)"
+    )
 
 
 def prompt_to_ids(
@@ -124,7 +135,7 @@ def fit_context(
     longest_context: the largest max_seq_len that the model can have, for the message; None if it is not known.
     on_overflow: "cut" first shortens the reply, down to `min_reply`, then removes the prompt's oldest tokens. One more
     token of prompt changes either by at most one.
-    Raises: ValueError with the arithmetic, for "error", if they do not fit; ValueError if max_seq_len is 1.
+    Raises: ContextLengthError with the arithmetic, for "error", if they do not fit; ValueError if max_seq_len is 1.
     """
     checked_option("on_overflow", on_overflow, ("error", "cut"))
     room = max_seq_len - len(ids)
@@ -133,7 +144,7 @@ def fit_context(
         can_grow = longest_context is None or wanted <= longest_context
         advice = f"set max_seq_len (--max-seq-len) to {wanted}, " if can_grow else ""
         most = "" if can_grow else f" (of at most {longest_context} for this model)"
-        raise ValueError(
+        raise ContextLengthError(
             f"prompt ({len(ids)} tokens) + max_tokens ({max_tokens or 1}) = {wanted} exceeds max_seq_len "
             f"{max_seq_len}{most}; shorten one, {advice}or pass on_overflow='cut' (--on-overflow cut)"
         )

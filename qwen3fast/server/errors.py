@@ -13,11 +13,11 @@ from starlette.responses import JSONResponse
 
 from qwen3fast.sampling.grammar import GrammarError
 from qwen3fast.scheduling.admission import QueueFullError
+from qwen3fast.scheduling.prompt import ContextLengthError
 from qwen3fast.scheduling.worker import ClosedError
 
 ANTHROPIC_PATH = "/v1/messages"
 RETRY_AFTER_S = 1
-TOO_LONG = "exceeds max_seq_len"  # in the engine's messages
 OF_PROMPT = ("prompt ", "the prompt ", "token id ")  # how its messages on a prompt begin
 PROMPT_FIELDS = {
     "/v1/chat/completions": "messages",
@@ -81,7 +81,7 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(503, "the server is shutting down", code="shutting_down")
     if isinstance(error, TimeoutError | asyncio.TimeoutError):  # two classes before Python 3.11
         return ApiError(504, "the reply took longer than the server's request timeout", code="timeout")
-    if isinstance(error, ValueError) and TOO_LONG in str(error):
+    if isinstance(error, ContextLengthError):
         lengths = str(error).partition(";")[0]
         message = f"{lengths}; shorten one, or start the server with a larger --max-seq-len"
         return ApiError(400, message, code="context_length_exceeded")

@@ -144,6 +144,9 @@ async def started(wanted: ReplyRequest, compile_timeout_s: float) -> AsyncIterat
     try:
         try:
             if wanted.sampling.params.is_structured:
+                await asyncio.to_thread(
+                    generator._builder.grammar_compiler
+                )  # built once, which is not the schema's time
                 work = asyncio.get_running_loop().run_in_executor(_COMPILERS, start_all)
                 await _in_time(work, compile_timeout_s)
             else:

@@ -12,7 +12,7 @@ import struct
 import sys
 import threading
 from contextlib import suppress
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -509,6 +509,51 @@ def test_a_revision_of_what_is_local_is_said_to_be_ignored_once(tmp_path, config
 def test_hub_is_asked_for_the_files_of_a_qwen3_only(hub_calls, file, is_asked_for):
     resolve_source("Qwen/Qwen3-0.6B")
     assert any(fnmatch(file, pattern) for pattern in hub_calls[0][2]) == is_asked_for
+
+
+@pytest.fixture
+def gguf_hub(monkeypatch, tmp_path):
+    """A hub with GGUF files alone, which gives those that match the patterns; it notes what was asked."""
+    names = ["x-Q8_0.gguf", "x-Q4_K_M.gguf", "x-Q4_K_S.gguf", "x-bf16.gguf"]
+    names += ["Q6_K/x-00001-of-00002.gguf", "Q6_K/x-00002-of-00002.gguf"]
+    calls = []
+
+    def snapshot_download(repo_id, revision=None, allow_patterns=None):
+        calls.append((repo_id, revision))
+        for name in names:
+            if any(fnmatchcase(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("qwen3fast.checkpoint.source.snapshot_download", snapshot_download)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("format", "file"),
+    [
+        ("Q8_0", "x-Q8_0.gguf"),
+        ("q8_0", "x-Q8_0.gguf"),
+        ("Q4_K_M", "x-Q4_K_M.gguf"),
+        ("BF16", "x-bf16.gguf"),
+        ("Q6_K", "Q6_K/x-00001-of-00002.gguf"),
+        ("x-Q4_K_S.gguf", "x-Q4_K_S.gguf"),
+    ],
+)
+def test_a_gguf_file_on_the_hub_is_named_by_its_format(gguf_hub, tmp_path, format, file):
+    (tmp_path / "x-Q2_K.gguf").touch()  # downloaded earlier
+    assert resolve_source(f"owner/x-GGUF:{format}", "v1") == tmp_path / file
+    assert gguf_hub == [("owner/x-GGUF", "v1")]
+
+
+def test_a_format_of_several_gguf_files_or_of_none_is_refused(gguf_hub):
+    with pytest.raises(
+        ValueError, match=r"several files '\*Q4_K\*\.gguf': x-Q4_K_M.gguf, x-Q4_K_S.gguf; pass owner/x:x-Q4"
+    ):
+        resolve_source("owner/x:Q4_K")
+    with pytest.raises(FileNotFoundError, match=r"'owner/x' has no file '\*Q3_K\*\.gguf' on the hub"):
+        resolve_source("owner/x:Q3_K")
 
 
 def http_error() -> HfHubHTTPError:

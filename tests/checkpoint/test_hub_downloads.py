@@ -174,7 +174,7 @@ def test_a_model_without_safetensors_is_refused_by_name(hub, capsys, command, ha
     assert main([*command, "--model", NAME]) == 2
     error = capsys.readouterr().err
     assert f"error: '{NAME}' has no safetensors on the hub" in error
-    assert "of .gguf files, download one and pass its path" in error
+    assert "of .gguf files, name one (NAME:Q4_K_M)" in error
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(hub):
